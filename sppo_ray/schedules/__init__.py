@@ -1,0 +1,1 @@
+"""Schedules: order and waiting, nothing else. Each is readable on one screen."""

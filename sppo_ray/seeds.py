@@ -1,0 +1,21 @@
+"""Seeds: every random choice is a pure function of names, never of order, worker or time."""
+
+from __future__ import annotations
+
+import hashlib
+
+REFERENCE_SPACING = 50  # the authors' scripts/generate.sh: one seed per response, 0, 50, 100, ...
+
+
+def derive(*names: object) -> int:
+    """A seed in [0, 2**31) from any printable names; different names give independent seeds."""
+    digest = hashlib.blake2b("\x1f".join(str(name) for name in names).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % 2**31
+
+
+def sampling_seeds(mode: str, run_seed: int, iteration: int, prompt_id: str, k: int) -> tuple[int, ...]:
+    """One seed per response. `derived`: k consecutive seeds (the engine's n = K); `reference`: 0, 50, 100, ..."""
+    if mode == "reference":
+        return tuple(REFERENCE_SPACING * i for i in range(k))
+    first = derive("sample", run_seed, iteration, prompt_id) // 1024 * 1024  # room for K: ranges never half-overlap
+    return tuple(first + i for i in range(k))

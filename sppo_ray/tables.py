@@ -1,0 +1,161 @@
+"""Judged groups as tables, with the columns of the authors' pipeline so that the data opens in other tools.
+
+`generated` (a row per prompt) holds everything a group is, so that it can be read back; `train` is what is trained on.
+Numbers are float64 (the judge's float32 logits are exact in it), so a recomputation in any tool agrees to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sppo_ray.config import Config
+from sppo_ray.selection import select
+from sppo_ray.types import JudgedGroup, Prompt, Response, ResponseGroup, TrainingExample
+from sppo_ray.win_rates import win_rates
+
+MESSAGES = pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))
+
+
+def generated_schema(k: int) -> pa.Schema:
+    matrix = pa.list_(pa.list_(pa.float64()))
+    return pa.schema(
+        [("prompt_id", pa.string()), ("prompt", pa.string())]
+        + [(f"generate_{i}", MESSAGES) for i in range(k)]
+        + [
+            ("logits", matrix),  # K x K, as the judge gave them
+            ("probability", matrix),  # K x K, P(i beats j)
+            ("p_hat", pa.list_(pa.float64())),  # K, win rate against the policy
+            ("rm_scores", pa.list_(pa.float64())),  # K, by which winner and loser are chosen
+            ("policy_version", pa.int64()),
+            ("policy_version_end", pa.int64()),
+            ("templated", pa.string()),
+            ("prompt_token_ids", pa.list_(pa.int32())),
+            ("response_token_ids", pa.list_(pa.list_(pa.int32()))),
+            ("logprobs", pa.list_(pa.float64())),  # K, nats, under the sampling policy
+            ("finish_reasons", pa.list_(pa.string())),
+            ("seeds", pa.list_(pa.int64())),
+        ]
+    )
+
+
+TRAIN_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("chosen", MESSAGES),
+        ("rejected", MESSAGES),
+        ("chosen_probs", pa.float64()),  # P(winner beats loser)
+        ("chosen_probs_win", pa.float64()),  # P_hat of the winner
+        ("chosen_probs_lose", pa.float64()),  # P_hat of the loser
+        ("selected", pa.list_(pa.int32())),  # indices k of the responses trained on, winner first
+        ("policy_version", pa.int64()),
+    ]
+)
+
+
+def generated_table(judged: Sequence[JudgedGroup], mode: str) -> pa.Table:
+    """Judged groups (all of one K) as rows, with win rates by formula `mode`."""
+    probability, p_hat, scores = win_rates([j.logits for j in judged], mode)  # type: ignore[arg-type]
+    rows = [
+        _generated_row(j, probability[n].tolist(), p_hat[n].tolist(), scores[n].tolist())
+        for n, j in enumerate(judged)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=generated_schema(probability.shape[1]))
+
+
+def read_groups(table: pa.Table, iteration: int) -> list[JudgedGroup]:
+    """The inverse of `generated_table` (names of workers are not kept)."""
+    return [_group_of(row, iteration) for row in table.to_pylist()]
+
+
+def examples_of(table: pa.Table, config: Config, iteration: int) -> list[TrainingExample]:
+    """What the learner trains on, a row of `generated` at a time."""
+    return [_example_of(row, config, iteration) for row in table.to_pylist()]
+
+
+def train_table(table: pa.Table, config: Config, iteration: int) -> pa.Table:
+    """The reference pipeline's training columns, from a `generated` table, in its order."""
+    return pa.Table.from_pylist([_train_row(r, config, iteration) for r in table.to_pylist()], schema=TRAIN_SCHEMA)
+
+
+def _generated_row(judged: JudgedGroup, probability: Any, p_hat: Any, scores: Any) -> dict[str, Any]:
+    group, prompt, responses = judged.group, judged.group.prompt, judged.group.responses
+    return {
+        "prompt_id": prompt.prompt_id,
+        "prompt": prompt.text,
+        **{f"generate_{i}": _conversation(prompt.text, r.text) for i, r in enumerate(responses)},
+        "logits": judged.logits.astype(np.float64).tolist(),
+        "probability": probability,
+        "p_hat": p_hat,
+        "rm_scores": scores,
+        "policy_version": group.version_start,
+        "policy_version_end": group.version_end,
+        "templated": prompt.templated,
+        "prompt_token_ids": prompt.token_ids.tolist(),
+        "response_token_ids": [r.token_ids.tolist() for r in responses],
+        "logprobs": [r.logprob for r in responses],
+        "finish_reasons": [r.finish_reason for r in responses],
+        "seeds": [r.seed for r in responses],
+    }
+
+
+def _conversation(prompt: str, response: str) -> list[dict[str, str]]:
+    return [{"content": prompt, "role": "user"}, {"content": response, "role": "assistant"}]
+
+
+def _group_of(row: dict[str, Any], iteration: int) -> JudgedGroup:
+    responses = tuple(
+        Response(
+            token_ids=_ids(row["response_token_ids"][k]),
+            text=row[f"generate_{k}"][1]["content"],
+            finish_reason=row["finish_reasons"][k],
+            logprob=row["logprobs"][k],
+            seed=row["seeds"][k],
+        )
+        for k in range(len(row["response_token_ids"]))
+    )
+    prompt = Prompt(row["prompt_id"], row["prompt"], row["templated"], _ids(row["prompt_token_ids"]))
+    group = ResponseGroup(prompt, iteration, responses, row["policy_version"], row["policy_version_end"], worker="")
+    return JudgedGroup(group, np.array(row["logits"], dtype=np.float32), judge="")
+
+
+def _selected(row: dict[str, Any], config: Config, iteration: int) -> tuple[int, ...]:
+    scores = np.array(row["rm_scores"])
+    return select(
+        config.selection.rule, scores, seed=config.run.seed, iteration=iteration, prompt_id=row["prompt_id"]
+    )  # fmt: skip
+
+
+def _example_of(row: dict[str, Any], config: Config, iteration: int) -> TrainingExample:
+    selected = _selected(row, config, iteration)
+    return TrainingExample(
+        prompt_id=row["prompt_id"],
+        prompt_ids=_ids(row["prompt_token_ids"]),
+        response_ids=tuple(_ids(row["response_token_ids"][k]) for k in selected),
+        p_hat=tuple(row["p_hat"][k] for k in selected),
+        p_pair=row["probability"][selected[0]][selected[-1]],
+        policy_version=row["policy_version"],
+    )
+
+
+def _train_row(row: dict[str, Any], config: Config, iteration: int) -> dict[str, Any]:
+    selected = _selected(row, config, iteration)
+    winner, loser = selected[0], selected[-1]
+    return {
+        "prompt_id": row["prompt_id"],
+        "chosen": row[f"generate_{winner}"],
+        "rejected": row[f"generate_{loser}"],
+        "chosen_probs": row["probability"][winner][loser],
+        "chosen_probs_win": row["p_hat"][winner],
+        "chosen_probs_lose": row["p_hat"][loser],
+        "selected": list(selected),
+        "policy_version": row["policy_version"],
+    }
+
+
+def _ids(tokens: Sequence[int]) -> NDArray[np.int32]:
+    return np.array(tokens, dtype=np.int32)

@@ -1,0 +1,78 @@
+"""A run directory belongs to one config; metrics hold each step once, whatever was done again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from groups import config
+
+from sppo_ray.errors import ConfigError
+from sppo_ray.metrics import MetricsLog, read_metrics
+from sppo_ray.run_dir import check_run_dir, claim, read_manifest, update_manifest
+
+
+def test_a_claimed_directory_takes_the_same_config_again(tmp_path):
+    root = tmp_path / "run"
+    check_run_dir(config(root))
+    assert not root.exists()
+    claim(config(root), {"prompts": {"kept": 3}})
+    check_run_dir(config(root))
+    started = read_manifest(root)["started"]
+    claim(config(root), {"prompts": {"kept": 3}})
+    manifest = read_manifest(root)
+    assert manifest["started"] == started
+    assert len(manifest["resumed"]) == 1
+    assert manifest["fidelity"] == "paper"
+    assert manifest["overrides_of_preset"]["learner.batch_size"] == {"preset": 64, "used": 4}
+    assert manifest["versions"]["ray"]
+
+
+def test_another_config_is_refused_by_key(tmp_path):
+    claim(config(tmp_path), {})
+    with pytest.raises(ConfigError, match=r"objective\.eta was 1000\.0, is 10\.0"):
+        check_run_dir(config(tmp_path, objective__eta=10))
+
+
+def test_what_changes_speed_only_may_change(tmp_path):
+    claim(config(tmp_path), {})
+    check_run_dir(config(tmp_path, rollout__num_workers=3, cluster__threads=2, learner__num_workers=2))
+
+
+def test_a_foreign_directory_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="not empty"):
+        check_run_dir(config(tmp_path))
+    with pytest.raises(ConfigError, match="is a file"):
+        check_run_dir(config(tmp_path / "thesis.tex"))
+
+
+def test_manifest_update_keeps_the_rest(tmp_path):
+    claim(config(tmp_path), {})
+    update_manifest(tmp_path, status="done", groups_trained=5)
+    manifest = read_manifest(tmp_path)
+    assert (manifest["status"], manifest["groups_trained"], manifest["seed"]) == ("done", 5, 7)
+
+
+def test_metrics_hold_each_step_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    assert log.write({"step": 1, "loss": 2.0})
+    assert log.write({"event": "evaluation", "iteration": 1, "x": 1})
+    assert not MetricsLog(path).write({"step": 1, "loss": 3.0})
+    assert MetricsLog(path).write({"step": 2, "loss": 3.0})
+    assert [line.get("step") for line in read_metrics(path)] == [1, None, 2]
+
+
+def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsLog(path).write({"step": 1})
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert MetricsLog(path).write({"step": 2, "loss": 1.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_metrics_are_json(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        MetricsLog(tmp_path / "m.jsonl").write({"step": 1, "loss": float("nan")})
