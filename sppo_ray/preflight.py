@@ -1,0 +1,97 @@
+"""Everything that can refuse a run, before any actor starts, cheap things first. Writes nothing to the run directory.
+
+The order: texts (no tokenizer), files of the policy, files of the judge, tokenizer and chat template, prompt lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sppo_ray.config import Config
+from sppo_ray.errors import ConfigError
+from sppo_ray.model_folder import PolicyInfo, inspect_policy, load_tokenizer
+from sppo_ray.pairrm import PairRMInfo, inspect_pairrm
+from sppo_ray.prompts import PreparedPrompts, RawPrompts, encode_prompts, read_prompts
+from sppo_ray.templating import encoder_of
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What the checks found out on their way, so that the run need not do it again."""
+
+    policy: PolicyInfo
+    judge: PairRMInfo
+    prompts: PreparedPrompts
+    context_length: int  # tokens the engine is to be started with
+    stop_ids: tuple[int, ...]  # token ids that end a response
+    responses: int  # K x prompts, over all iterations
+    warnings: tuple[str, ...]  # odd, but allowed
+
+
+def preflight(config: Config, base_dir: Path | None = None) -> Preflight:
+    """Run every check. Raises ConfigError at the first that fails; it names what was given and the remedy."""
+    raw = read_prompts(config, base_dir)
+    policy = inspect_policy(config.policy.model, config.policy.trust_remote_code)
+    context = _context(config, policy)
+    judge = inspect_pairrm(config.judge.model)
+    tokenizer = load_tokenizer(policy, config.policy.trust_remote_code)
+    prompts = encode_prompts(config, tokenizer, context, raw)
+    _refuse_foreign_tokenizer(prompts, policy)
+    return Preflight(
+        policy=policy,
+        judge=judge,
+        prompts=prompts,
+        context_length=context,
+        stop_ids=encoder_of(tokenizer).stop_ids,
+        responses=config.rollout.responses_per_prompt * prompts.total,
+        warnings=tuple(_warnings(config, raw, prompts)),
+    )
+
+
+def _context(config: Config, policy: PolicyInfo) -> int:
+    asked, own = config.rollout.max_model_len, policy.context_length
+    if asked is not None and own is not None and asked > own:
+        raise ConfigError(
+            f"rollout.max_model_len={asked} exceeds the {own} tokens that policy.model={policy.model} was made for: "
+            f"lower it to {own} or set it to null."
+        )
+    if asked is None and own is None:
+        raise ConfigError(
+            f"The config.json of policy.model={policy.model} does not say how long its context is: set "
+            "rollout.max_model_len."
+        )
+    return asked or own or 0
+
+
+def _refuse_foreign_tokenizer(prompts: PreparedPrompts, policy: PolicyInfo) -> None:
+    """An id beyond the embedding kills the engine with an index error deep inside, long after the start."""
+    if policy.vocab_size is None:
+        return
+    for prompt in (prompt for part in [*prompts.slices, prompts.heldout] for prompt in part):
+        if (largest := int(prompt.token_ids.max())) >= policy.vocab_size:
+            raise ConfigError(
+                f"policy.model={policy.model}: prompt {prompt.prompt_id!r} has token id {largest}, but the model's "
+                "vocabulary "
+                f"ends at {policy.vocab_size - 1}: tokenizer and weights are of different models; copy both from one."
+            )
+
+
+def _warnings(config: Config, raw: RawPrompts, prompts: PreparedPrompts) -> list[str]:
+    """Settings that work and are probably not meant."""
+    found = []
+    smallest, batch = min(map(len, prompts.slices)), config.learner.batch_size
+    if smallest < batch:
+        found.append(
+            f"An iteration has {smallest} prompts but learner.batch_size={batch}: each epoch is a single, smaller "
+            "update."
+        )
+    if smallest < config.learner.num_workers:
+        found.append(
+            f"An iteration has {smallest} prompts for learner.num_workers={config.learner.num_workers}: "
+            "some ranks have nothing to train on."
+        )
+    dropped = raw.report.overlong_dropped + raw.report.overlong_cut
+    if dropped * 10 > raw.report.prompts + raw.report.overlong_dropped:
+        found.append(f"{dropped} prompts were longer than the context allows (data.overlong={config.data.overlong}).")
+    return found
