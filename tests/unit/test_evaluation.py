@@ -83,7 +83,7 @@ def test_win_share():
     assert win_share([1.0, -1.0, 0.0, 2.0]) == 0.625
 
 
-def test_the_table_has_a_row_per_policy(lines):
+def test_the_table_has_two_rows_per_policy(lines):
     table = closing_table([{"step": 1, "loss": 1.0}, *lines])
-    assert table.row_count == 3
+    assert table.row_count == 6
     assert closing_table([{"step": 1}]) is None

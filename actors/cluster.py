@@ -1,0 +1,96 @@
+"""Joining or starting a Ray cluster. A cluster started here listens on loopback and asks for a token."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from sppo_ray.config import Config
+from sppo_ray.errors import ConfigError
+from sppo_ray.layout import Layout
+
+ROOT = Path(__file__).resolve().parent.parent  # where the packages `sppo_ray` and `actors` lie
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    namespace: str
+    dashboard: str | None  # URL, where there is one
+    local: bool  # started here, ends here
+
+
+@contextmanager
+def connected(config: Config, layout: Layout) -> Iterator[Connection]:
+    """Join the cluster of cluster.address or RAY_ADDRESS, else start a local one for the length of the run."""
+    namespace = f"sppo-{Path(config.run.dir).name}"
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    try:
+        context = _join(address, namespace) if address else _start(layout, namespace)
+    except ConnectionError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address}: {error}. Check cluster.address and the token."
+        ) from None
+    try:
+        _check_resources(layout, address)
+        url = f"http://{context.dashboard_url}" if context.dashboard_url else None
+        yield Connection(namespace, url, local=not address)
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str, namespace: str) -> ray.runtime_context.RuntimeContext:
+    in_job = (
+        "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    )  # then the job's own working directory is on every worker's path
+    runtime_env = None if in_job else {"py_modules": [str(ROOT / "sppo_ray"), str(ROOT / "actors")]}
+    return ray.init(
+        address, namespace=namespace, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR
+    )  # fmt: skip
+
+
+def _start(layout: Layout, namespace: str) -> ray.runtime_context.RuntimeContext:
+    _ensure_token()
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # Ray's announced default; unset, every worker warns of it
+    roles = (layout.rollout, layout.judge, layout.learner)
+    cpus = max(os.cpu_count() or 1, math.ceil(sum(role.workers * role.cpus for role in roles)) + 1)
+    return ray.init(
+        address="local",
+        num_cpus=cpus,
+        namespace=namespace,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}},
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _ensure_token() -> None:
+    """A local ray.init() switches token authentication on unless told otherwise, and makes a token readable by everyone on
+    the machine if there is none: so make it first, for this user alone."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token" or "RAY_AUTH_TOKEN" in os.environ:
+        return
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+
+
+def _check_resources(layout: Layout, address: str | None) -> None:
+    """Refuse at once what the cluster could never place; Ray would wait for ever."""
+    have, where = ray.cluster_resources(), f"the cluster at {address}" if address else "this machine"
+    if layout.gpus > have.get("GPU", 0):
+        raise ConfigError(
+            f"the layout wants {layout.gpus} GPUs but {where} has {have.get('GPU', 0):.0f}: "
+            "lower cluster.gpus (0 runs on CPU), or run where the GPUs are."
+        )

@@ -1,0 +1,46 @@
+"""The learner's ranks among themselves: small Python objects, over their own gloo group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Control messages between ranks. Data-sized collectives are DeepSpeed's, on the default group (NCCL on GPUs).
+
+    A group of its own for two reasons: NCCL moves no Python objects without passing them through GPU memory, and ranks
+    wait here for as long as an iteration is being sampled, which may be longer than any time-out meant for gradients.
+    """
+
+    rank: int
+    world: int
+    group: Any
+
+    @classmethod
+    def join(cls) -> Ranks:
+        """Collective. The default process group must exist."""
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+        return cls(dist.get_rank(), dist.get_world_size(), group)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, value: T | None) -> T:
+        """Rank 0's value, on every rank; the others pass None."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values

@@ -1,0 +1,205 @@
+"""A rollout worker: one vLLM engine in one actor, which samples groups and takes new weights from the hub.
+
+Create with `ray.remote(RolloutWorker).options(max_restarts=…, runtime_env={"env_vars": process.environment(…)}, …)`: Ray
+runs a class with async methods as an async actor. Never set max_task_retries: the pool decides what is tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NoReturn, get_args
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayError
+
+from actors.process import redirect_output
+from actors.weights import Published
+from sppo_ray.config import Config
+from sppo_ray.errors import SppoError, WeightSyncError
+from sppo_ray.types import FinishReason, Prompt, Receipt, Response, ResponseGroup, Sampling
+from sppo_ray.weight_chunks import Checksum, WeightChunk
+
+logger = logging.getLogger(__name__)
+
+
+class RolloutWorker:
+    """Serves `model_path` as `version`, or what the hub has published since: a restarted actor is built from the same
+    arguments as the first one, and must never serve the weights it began with."""
+
+    def __init__(self, name: str, config: Config, model_path: str, version: int, hub: ActorHandle | None) -> None:
+        redirect_output(config.run.dir, name)
+        from actors.engines import start_engine  # vllm: seconds to import, and its log belongs into the redirected file
+
+        self.name = name
+        self._hub = hub
+        self._config = config
+        gpus = ray.get_gpu_ids()
+        self._device = f"gpu {','.join(map(str, gpus))}" if gpus else "cpu"
+        newer = self._newer_than(version)
+        self._first_version = version if newer is None else newer.version
+        self._checksum: str | None = None  # of the weights loaded from the hub; None for the model folder
+        self._counts = {"prompts": 0, "responses": 0, "tokens": 0, "truncated": 0}
+        self._loading = asyncio.Lock()
+        self._behind = newer is not None
+        self._engine = start_engine(config, model_path, version)
+        logger.info("%s starts from %s at version %d", name, model_path, version)
+
+    def __repr__(self) -> str:
+        """Ray reads this once, after __init__: the version is the one that is served first."""
+        return f"RolloutWorker({self.name}, {self._device}, v{self._first_version})"
+
+    def _newer_than(self, version: int) -> Published | None:
+        if self._hub is None:
+            return None
+        try:
+            published: Published | None = ray.get(self._hub.current.remote(), timeout=self._config.weights.timeout_s)
+        except (RayError, GetTimeoutError) as error:
+            raise WeightSyncError(f"{self.name}: the weights hub did not answer at start: {error}") from error
+        return published if published is not None and published.version > version else None
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, iteration: int) -> tuple[ResponseGroup, Receipt]:
+        """Sample one group. Call with num_returns=2: the group goes to a judge, the receipt to the driver.
+
+        Raises WeightSyncError when no complete weights are loaded, ValueError for a prompt the engine refuses.
+        """
+        await self._catch_up()
+        try:
+            outputs = await self._engine.generate(prompt.token_ids.tolist(), sampling)
+        except SppoError as error:
+            self._exit_if_engine_died(error)
+            raise WeightSyncError(f"{self.name}: {error}") from error
+        responses = tuple(
+            Response(
+                token_ids=np.asarray(output.token_ids, dtype=np.int32),
+                text=output.text,
+                finish_reason=self._finish_reason(output.finish_reason, prompt),
+                logprob=float(output.logprob),
+                seed=seed,
+            )
+            for output, seed in zip(outputs, sampling.seeds, strict=True)
+        )
+        versions = [output.version for output in outputs]
+        group = ResponseGroup(prompt, iteration, responses, min(versions), max(versions), self.name)
+        return group, self._count(group)
+
+    def _finish_reason(self, reason: str, prompt: Prompt) -> FinishReason:
+        if reason not in get_args(FinishReason):
+            raise RuntimeError(f"{self.name}: vLLM ended a response to prompt {prompt.prompt_id!r} with {reason!r}")
+        return reason  # type: ignore[return-value]
+
+    def _count(self, group: ResponseGroup) -> Receipt:
+        tokens = sum(len(response.token_ids) for response in group.responses)
+        truncated = sum(response.finish_reason == "length" for response in group.responses)
+        for key, amount in zip(self._counts, (1, len(group.responses), tokens, truncated), strict=True):
+            self._counts[key] += amount
+        return Receipt(group.prompt.prompt_id, self.name, tokens, truncated, group.version_end)
+
+    async def load(self, version: int) -> str:
+        """Serve the published `version`; wakes a sleeping engine. Returns the checksum of what was received.
+
+        Raises WeightSyncError naming this worker. Weights are checked before the first byte reaches the model, so a
+        damaged publish leaves the worker serving what it served.
+        """
+        async with self._loading:
+            published = await self._published()
+            if published is None or published.version != version:
+                has = "nothing" if published is None else f"version {published.version}"
+                raise WeightSyncError(f"{self.name}: asked to load weights version {version} but the hub has {has}")
+            await self._install(published)
+            return published.checksum
+
+    async def _catch_up(self) -> None:
+        """After a (re)start: load what was published in the meantime, once, before anything is served."""
+        if not self._behind:
+            return
+        async with self._loading:
+            if self._behind:
+                published = await self._published()
+                assert published is not None, "the hub had weights at start"
+                await self._install(published)
+
+    async def _published(self) -> Published | None:
+        if self._hub is None:
+            raise WeightSyncError(f"{self.name}: this worker was started without a weights hub")
+        try:
+            published: Published | None = await self._hub.current.remote()
+        except RayError as error:
+            raise WeightSyncError(f"{self.name}: the weights hub does not answer: {error}") from error
+        return published
+
+    async def _install(self, published: Published) -> None:
+        engine = self._engine
+        same = (engine.version, self._checksum) == (published.version, published.checksum)
+        if same and engine.refusal is None:
+            return
+        try:
+            await self._verify(published)
+            await engine.update_weights(published.version, lambda: _chunks(published.chunk_refs))
+        except WeightSyncError:
+            raise
+        except Exception as error:  # whatever vLLM or the object store raised, the caller must learn who failed at what
+            self._exit_if_engine_died(error)
+            raise WeightSyncError(
+                f"{self.name}: loading weights version {published.version} failed: {type(error).__name__}: {error}"
+            ) from error
+        self._checksum, self._behind = published.checksum, False
+        logger.info("%s serves version %d, checksum %s", self.name, published.version, published.checksum)
+
+    async def _verify(self, published: Published) -> None:
+        """A first pass over the chunks, one in memory at a time."""
+        checksum = Checksum()
+        async for chunk in _chunks(published.chunk_refs):
+            await asyncio.to_thread(checksum.update, chunk)
+        if checksum.hexdigest() != published.checksum:
+            raise WeightSyncError(
+                f"{self.name}: weights version {published.version} arrived with checksum {checksum.hexdigest()} but "
+                f"were published with {published.checksum}; they are not loaded. Publish them again."
+            )
+
+    def _exit_if_engine_died(self, error: BaseException) -> None:
+        from actors.engines import EngineDied
+
+        if isinstance(error, EngineDied):
+            self._exit(error)
+
+    def _exit(self, error: BaseException) -> NoReturn:
+        """End this process, so that Ray starts a new one. (`exit_actor` would count as intended: no restart.)"""
+        logger.critical("%s: the engine died; the actor exits and Ray restarts it", self.name, exc_info=error)
+        logging.shutdown()
+        os._exit(1)
+
+    async def sleep(self) -> None:
+        """Free the GPU, weights included, until the next `load`. Waits for running groups. Nothing on CPU."""
+        try:
+            await self._engine.sleep()
+        except SppoError as error:
+            self._exit_if_engine_died(error)
+            raise
+
+    async def ping(self) -> str:
+        """The worker's name, once it serves: a restarted worker has then caught up with the hub."""
+        await self._catch_up()
+        return self.name
+
+    async def ready(self) -> str:
+        """As `ping`: the first answer comes when the engine is up."""
+        return await self.ping()
+
+    async def stats(self) -> dict[str, Any]:
+        """Counts since this process started, the device, and the version served (checksum null: from the model folder)."""
+        served = {"version": self._engine.version, "checksum": self._checksum}
+        return {"name": self.name, "pid": os.getpid(), "device": self._device, **served, **self._counts}
+
+    async def shutdown(self) -> None:
+        """End the engine and its processes, before the actor is killed."""
+        await self._engine.shutdown()
+
+
+async def _chunks(refs: Sequence[ray.ObjectRef]) -> AsyncIterator[WeightChunk]:
+    for ref in refs:
+        yield await ref

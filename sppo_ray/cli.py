@@ -1,0 +1,145 @@
+"""The command line: `sppo train | plan | eval`. Exit codes: 0 done, 2 refused input, 1 failed (run again to resume)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sppo_ray import __version__
+from sppo_ray.config import Config
+from sppo_ray.config_io import dump_config, load_config
+from sppo_ray.errors import ConfigError, SppoError
+
+app = typer.Typer(
+    name="sppo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Self-Play Preference Optimization on Ray: vLLM rollouts, PairRM judging, DeepSpeed learner.",
+)
+out, err = Console(), Console(stderr=True, soft_wrap=True)
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML config; the shipped ones are in configs/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, e.g. rollout.num_workers=2 data.limit=64."),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Console script. Ends the process with the exit code."""
+    app(args=None if arguments is None else list(arguments))
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show what would run, start nothing.")
+    ] = False,
+) -> None:
+    """Run self-play preference optimization. The same command on the same run.dir goes on where the run stopped."""
+    with exit_codes():
+        resolved = load_config(config, overrides or ())
+        _train(resolved, dry_run)
+
+
+@app.command()
+def plan(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Show layout, steps, tokens and memory per GPU and phase. Needs no GPU and no download; exits 2 if it does not fit."""
+    from sppo_ray.plan import make_plan, refuse_unfit, render_plan
+
+    with exit_codes():
+        made = make_plan(load_config(config, overrides or ()))
+        out.print(render_plan(made))
+        refuse_unfit(made)
+
+
+@app.command(name="eval")
+def evaluate(
+    config: ConfigFile,
+    policy: Annotated[str, typer.Option("--policy", help="Folder or hub name of the policy to evaluate.")],
+    overrides: Overrides = None,
+) -> None:
+    """Compare a policy with policy.model of the config on the held-out prompts, by the judge (and the oracle, if there is one)."""
+    with exit_codes():
+        from actors.evaluate import evaluate as run_evaluation
+        from sppo_ray.layout import compute_layout
+        from sppo_ray.preflight import preflight
+
+        resolved = load_config(config, overrides or ())
+        layout = compute_layout(resolved)
+        out.print(run_evaluation(resolved, layout, preflight(resolved), policy, out))
+
+
+def _train(config: Config, dry_run: bool) -> None:
+    from sppo_ray.layout import compute_layout
+    from sppo_ray.preflight import preflight
+    from sppo_ray.run_dir import check_run_dir, claim, read_manifest
+
+    check_run_dir(config)
+    layout = compute_layout(config)
+    checked = preflight(config)
+    out.print(f"prompts: {checked.prompts.report.summary()}", highlight=False)
+    for warning in checked.warnings:
+        err.print(f"note: {warning}", style="yellow", highlight=False)
+    if dry_run:
+        from sppo_ray.plan import make_plan, render_plan
+
+        out.print(render_plan(make_plan(config, checked.prompts.report.prompts)))
+        out.print(dump_config(config), highlight=False, markup=False)
+        return
+    root = Path(config.run.dir)
+    if read_manifest(root).get("status") == "done":
+        out.print(f"{root} is complete; here is its result. To run again, name another run.dir.", highlight=False)
+        _show_result(root)
+        return
+    claim(config, {"prompts": dataclasses.asdict(checked.prompts.report)})
+    from actors.train import train as run_training
+
+    run_training(config, layout, checked, out)
+    _show_result(root)
+
+
+def _show_result(root: Path) -> None:
+    from sppo_ray.metrics import read_metrics
+    from sppo_ray.summary import closing_table
+
+    if table := closing_table(read_metrics(root / "metrics.jsonl")):
+        out.print(table)
+    out.print(f"run directory: {root}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Errors as a paragraph on stderr and an exit code; a traceback only for what this project did not foresee."""
+    try:
+        yield
+    except ConfigError as error:
+        _refuse(str(error))
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command goes on where the run stopped", style="yellow")
+        raise typer.Exit(1) from None
+    except SppoError as error:
+        err.print(f"failed: {error}", style="red", highlight=False, markup=False)
+        err.print("the run can be resumed: give the same command again", style="yellow")
+        raise typer.Exit(1) from None
+
+
+def _refuse(message: str) -> None:
+    err.print(f"refused: {message}", style="red", highlight=False, markup=False)
+    raise typer.Exit(2) from None

@@ -1,0 +1,108 @@
+"""A tiny random policy, examples and tasks for the learner's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sppo_ray.config import Config
+from sppo_ray.tiny.models import build_policy_tokenizer
+from sppo_ray.types import LearnerTask, ReferenceTask, SaveTask, StopTask, TrainingExample, TrainTask
+
+VOCAB = 1024
+
+
+def write_tiny_policy(folder: Path) -> None:
+    """A random Llama whose embedding and MLP exceed the 100,000 elements below which ZeRO-3 does not partition."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    build_policy_tokenizer(["one two three", "four five six"]).save_pretrained(folder)
+
+
+def config_for(
+    run_dir: Path, policy: Path, dtype: str = "float32", saved: str = "float32", **learner: object
+) -> Config:
+    """Batch 7 in micro-batches of 2: never divisible, by no number of ranks."""
+    settings = {"batch_size": 7, "micro_batch_size": 2, "learning_rate": 1e-4, "warmup_ratio": 0.0, "logprob_chunk": 16}
+    return Config.model_validate({
+        "run": {"dir": str(run_dir)},
+        "data": {"prompts": "unused.jsonl"},
+        "policy": {"model": str(policy), "dtype": saved},
+        "objective": {"eta": 10.0},
+        "learner": settings | {"dtype": dtype, "lr_schedule": "constant", "max_length": 40, "max_prompt_length": 16} | learner,
+        "weights": {"chunk_mb": 1},
+    })  # fmt: skip
+
+
+def examples(n: int, seed: int = 0) -> tuple[TrainingExample, ...]:
+    """Pairs of random tokens of very different lengths; the last ones are truncated."""
+    rng = np.random.default_rng(seed)
+
+    def tokens(low: int, high: int) -> np.ndarray:
+        return rng.integers(5, VOCAB, rng.integers(low, high)).astype(np.int32)
+
+    return tuple(
+        TrainingExample(
+            prompt_id=f"prompt-{i}",
+            prompt_ids=tokens(3, 30),
+            response_ids=(tokens(1, 30), tokens(1, 30)),
+            p_hat=(0.5 + rng.uniform(0, 0.4), 0.5 - rng.uniform(0, 0.4)),
+            p_pair=0.8,
+            policy_version=0,
+            reference_logps=(float(rng.uniform(-60, -40)), float(rng.uniform(-60, -40))),
+        )
+        for i in range(n)
+    )
+
+
+def tasks(iteration: int = 1, first_step: int = 0, sizes: tuple[int, ...] = (7, 7, 3)) -> list[TrainTask]:
+    """An epoch of updates; its last batch is smaller, so that some ranks get padding only."""
+    return [
+        TrainTask(first_step + i, iteration, i, len(sizes), examples(size, seed=100 * iteration + i))
+        for i, size in enumerate(sizes)
+    ]
+
+
+SCRIPT_SIZES = (7, 3)
+SCRIPT_ITERATIONS = 2
+
+Logps = Sequence[tuple[float, ...]]
+
+
+def scripted_task(step: int, saved: int, references: Mapping[int, Logps]) -> LearnerTask:
+    """What a buffer would answer in a run of two iterations of two updates each; as there, a pure function.
+
+    saved: iterations finished; references: what was recorded, by iteration.
+    """
+    iteration, steps = saved + 1, len(SCRIPT_SIZES)
+    if iteration > SCRIPT_ITERATIONS:
+        return StopTask()
+    epoch = tasks(iteration, first_step=steps * saved, sizes=SCRIPT_SIZES)
+    rows = [example for task in epoch for example in task.examples]
+    if iteration not in references:
+        return ReferenceTask(iteration, tuple(rows))
+    if step == steps * iteration:
+        return SaveTask(step, iteration, version=iteration)
+    first = sum(SCRIPT_SIZES[: step - steps * saved])
+    task = epoch[step - steps * saved]
+    known = references[iteration][first : first + len(task.examples)]
+    return replace(
+        task,
+        examples=tuple(replace(e, reference_logps=v) for e, v in zip(task.examples, known, strict=True)),
+    )

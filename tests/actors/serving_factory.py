@@ -1,0 +1,61 @@
+"""Rollout workers and a hub to test with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from actors.pool import RolloutPool
+from actors.process import environment
+from actors.rollout import RolloutWorker
+from sppo_ray.config import Config
+from sppo_ray.weight_chunks import Checksum, WeightChunk, pack
+
+ROOT = Path(__file__).parents[2]
+
+
+def start_worker(name: str, config: Config, folder: Path, version: int, hub: Any, **env: str) -> Any:
+    """A rollout worker actor as the system makes them."""
+    actor = ray.remote(RolloutWorker).options(
+        name=name,
+        num_cpus=0.1,
+        max_restarts=3,
+        max_concurrency=100,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), **environment(gpus=False, threads=1), **env}},
+    )
+    return actor.remote(name, config, str(folder), version, hub)
+
+
+@dataclass
+class Serving:
+    """Two workers, the hub, and a way to publish."""
+
+    config: Config
+    hub: Any
+    workers: dict[str, Any]
+    version: int = field(default=0)  # published last
+
+    def pool(self, *names: str) -> RolloutPool:
+        """A new pool (its tasks belong to the test's event loop) over the named workers, or both."""
+        return RolloutPool(self.config, {n: self.workers[n] for n in names or self.workers}, self.hub)
+
+    def publish(self, weights: dict[str, torch.Tensor], damage: bool = False) -> str:
+        """Publish in several chunks, as the learner does; returns the checksum. `damage`: flip a byte on the way."""
+        self.version += 1
+        ray.get(self.hub.begin.remote(self.version))
+        checksum, count = Checksum(), 0
+        for chunk in pack(weights.items(), 300_000):
+            checksum.update(chunk)
+            if damage and count == 3:
+                data = chunk.data.copy()
+                data[1000] ^= 1
+                chunk = WeightChunk(chunk.names, chunk.dtypes, chunk.shapes, data)
+            ray.get(self.hub.put_chunk.remote(self.version, count, chunk))
+            count += 1
+        assert count > 5
+        ray.get(self.hub.commit.remote(self.version, checksum.hexdigest(), count))
+        return checksum.hexdigest()

@@ -1,0 +1,217 @@
+"""The whole job as a user runs it, on the shipped tiny models: real Ray, vLLM, PairRM and DeepSpeed.
+
+One run goes through undisturbed; a second one of the same config is interrupted with Ctrl-C in its second iteration and goes
+on as a Ray job on a running head. Both must give the same tables and the same weights, to the last bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "data.limit=48", "schedule.iterations=2", "learner.batch_size=8", "learner.epochs=1",
+    "evaluation.limit=6", "rollout.in_flight=8",
+)  # fmt: skip
+PROMPTS = 24  # an iteration
+pytestmark = pytest.mark.timeout(600)
+
+
+def sppo(*arguments: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "sppo_ray", *arguments],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
+    )  # fmt: skip
+
+
+def train(run_dir: Path) -> tuple[str, ...]:
+    return ("train", "--config", "configs/tiny_cpu.yaml", f"run.dir={run_dir}", *SMALL)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, str]:
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    process = sppo(*train(run_dir))
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    return run_dir, output
+
+
+def test_the_run_directory_is_complete(whole):
+    run_dir, output = whole
+    assert "Held-out evaluation, 6 prompts" in output
+    assert str(run_dir) in output
+    assert len(output.splitlines()) < 60, output  # the packages' chatter is in the log files
+    for name in ("rollout-0", "judge-0", "buffer", "learner-0"):
+        assert (run_dir / "logs" / f"{name}.log").stat().st_size > 0
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    assert (manifest["status"], manifest["groups_trained"], manifest["fidelity"]) == ("done", 48, "paper")
+    assert manifest["overrides_of_preset"]["objective.eta"] == {"preset": 1000.0, "used": 10.0}
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["run"]["dir"] == str(run_dir)
+
+
+def test_metrics(whole):
+    lines = [json.loads(line) for line in (whole[0] / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "step" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert {
+        "loss",
+        "delta_w",
+        "delta_l",
+        "margin",
+        "margin_accuracy",
+        "grad_norm",
+        "learning_rate",
+        "tokens_per_s",
+    } <= set(steps[0])
+    assert [line["iteration"] for line in lines if line.get("event") == "evaluation"] == [0, 1, 2]
+    # At an iteration's first step the policy is its own reference: the log-ratio is zero.
+    for line in (steps[0], steps[3]):
+        assert abs(line["delta_w"]) < 1e-4
+        assert abs(line["delta_l"]) < 1e-4
+
+
+def test_train_table_agrees_with_the_raw_logits(whole):
+    generated = load_dataset("parquet", data_files=str(whole[0] / "iter_1/generated.parquet"), split="train")
+    trained = load_dataset("parquet", data_files=str(whole[0] / "iter_1/train.parquet"), split="train")
+    assert len(generated) == len(trained) == PROMPTS
+    for row, pair in zip(generated, trained, strict=True):
+        logits = np.array(row["logits"])
+        s = (logits - logits.T) / 2
+        p = 1 / (1 + np.exp(-s))
+        w, l = s.mean(1).argmax(), s.mean(1).argmin()  # noqa: E741
+        assert (pair["chosen"], pair["rejected"]) == (row[f"generate_{w}"], row[f"generate_{l}"])
+        assert pair["chosen_probs"] == p[w, l]
+        assert (pair["chosen_probs_win"], pair["chosen_probs_lose"]) == (p.mean(1)[w], p.mean(1)[l])
+        assert np.array(row["probability"]).tolist() == p.tolist()
+
+
+def test_each_iteration_samples_from_the_policy_of_the_one_before(whole):
+    run_dir, _ = whole
+    tables = [pq.read_table(run_dir / f"iter_{t}/generated.parquet") for t in (1, 2)]
+    assert [set(table["policy_version"].to_pylist()) for table in tables] == [{0}, {1}]
+    assert not set(tables[0]["prompt_id"].to_pylist()) & set(tables[1]["prompt_id"].to_pylist())
+    # The recorded log-probability is that of pi_1 as transformers computes it from the saved folder.
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "iter_1/policy").eval()
+    for row in tables[1].slice(0, 3).to_pylist():
+        prompt, response = row["prompt_token_ids"], row["response_token_ids"][0]
+        import torch
+
+        with torch.no_grad():
+            logps = torch.log_softmax(model(torch.tensor([prompt + response])).logits[0], dim=-1)
+        want = sum(float(logps[len(prompt) - 1 + i, token]) for i, token in enumerate(response))
+        assert row["logprobs"][0] == pytest.approx(want, abs=1e-3)
+    assert AutoTokenizer.from_pretrained(run_dir / "iter_1/policy").chat_template
+
+
+def test_a_finished_run_says_so(whole):
+    process = sppo(*train(whole[0]))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "is complete" in output
+    assert "Held-out evaluation" in output
+
+
+def test_another_config_on_the_same_directory_is_refused(whole):
+    process = sppo(*train(whole[0]), "objective.eta=5")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert "objective.eta was 10.0, is 5.0" in output
+
+
+@pytest.fixture(scope="module")
+def interrupted(whole, tmp_path_factory) -> Path:
+    """A run ended by Ctrl-C while its second iteration is being sampled; leaves no process."""
+    run_dir = tmp_path_factory.mktemp("runs") / "interrupted"
+    process = sppo(*train(run_dir))
+    wait_for(lambda: (run_dir / "iter_2/ledger").exists() or process.poll() is not None)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert "goes on where the run stopped" in output
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive, alive
+    assert json.loads((run_dir / "manifest.json").read_text())["status"] == "interrupted"
+    assert (run_dir / "iter_1/policy/model.safetensors").exists()
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    """A Ray head as the README starts one, on free ports; yields its job address."""
+    ports = {name: free_port() for name in ("port", "dashboard-port")}
+    token = tmp_path_factory.mktemp("ray") / "token"
+    token.write_text("a-token-for-this-test-of-thirty-two-characters")
+    token.chmod(0o600)
+    env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    command = [
+        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
+        "--dashboard-host=127.0.0.1", *(f"--{name}={port}" for name, port in ports.items()), "--include-dashboard=true",
+        f"--temp-dir={tmp_path_factory.mktemp('r')}",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{ports['dashboard-port']}"
+    wait_for(lambda: answers(ports["dashboard-port"]))
+    yield address, env
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    process.wait(30)
+    for child in psutil.wait_procs(family, timeout=10)[1]:
+        child.kill()
+
+
+def test_an_interrupted_run_goes_on_as_a_ray_job_and_ends_the_same(whole, interrupted, head):
+    address, env = head
+    sampled_before = len(list((interrupted / "iter_2/ledger").glob("shard-*.parquet")))
+    assert sampled_before > 0
+    job = subprocess.run(
+        [
+            str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", address, "--working-dir", str(ROOT),
+            "--", "python", "scripts/train.py", *train(interrupted)[1:],
+        ],
+        env=env, cwd="/", capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "going on after iteration 1" in job.stdout
+    assert "already in the ledger" in job.stdout
+    for t in (1, 2):
+        for name in ("generated", "train", "reference"):
+            one, other = (pq.read_table(folder / f"iter_{t}/{name}.parquet") for folder in (whole[0], interrupted))
+            assert one.equals(other), (t, name)
+        weights = [(f / f"iter_{t}/policy/model.safetensors").read_bytes() for f in (whole[0], interrupted)]
+        assert weights[0] == weights[1]
+
+
+def wait_for(condition, timeout=300):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.1)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -1,0 +1,306 @@
+"""The learner: DeepSpeed's arithmetic over ranks and ZeRO stages, then the whole of it under Ray Train."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from learner_factory import SCRIPT_SIZES, config_for, examples, scripted_task, tasks, write_tiny_policy
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actors.learner import LearnerProcess
+from actors.process import environment
+from actors.weights import WeightsHub
+from sppo_ray.errors import WorkerFailed
+from sppo_ray.layout import Layout, RoleLayout
+from sppo_ray.logprobs import PolicyLogps
+from sppo_ray.types import LearnerTask, ResumePoint, TrainedIteration
+from sppo_ray.weight_chunks import Checksum, unpack
+
+HERE = Path(__file__).parent
+METRICS = {
+    "step", "iteration", "loss", "delta_w", "delta_l", "target_w", "target_l", "margin", "margin_accuracy", "grad_norm",
+    "learning_rate", "tokens_per_s", "mean_length_w", "mean_length_l", "truncated_share", "examples",
+}  # fmt: skip
+
+Weights = dict[str, torch.Tensor]
+
+
+class Outcome:
+    """What the probe left behind, run on one rank and on two."""
+
+    def __init__(self, folder: Path) -> None:
+        self.policy = folder / "policy"
+        self.start: Weights = load_file(self.policy / "model.safetensors")
+        self.folders = {1: folder / "world-1", 2: folder / "world-2"}
+        self.results = {w: json.loads((f / "results.json").read_text()) for w, f in self.folders.items()}
+
+    def weights(self, name: str, world: int = 2) -> Weights:
+        return load_file(self.folders[world] / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    folder = tmp_path_factory.mktemp("learner")
+    write_tiny_policy(folder / "policy")
+    for world in (1, 2):
+        out = folder / f"world-{world}"
+        out.mkdir()
+        env = os.environ | environment(gpus=False, threads=1) | {"PYTHONPATH": f"{HERE.parent.parent}:{HERE}"}
+        arguments = [sys.executable, str(HERE / "learner_probe.py"), str(folder / "policy"), str(out)]
+        ranks = [
+            subprocess.Popen(
+                [*arguments, str(rank), str(world)],
+                env=env | {"LOCAL_RANK": str(rank)},
+                stdout=(out / f"rank-{rank}.log").open("w"),
+                stderr=subprocess.STDOUT,
+            )
+            for rank in range(world)
+        ]
+        codes = [rank.wait(timeout=280) for rank in ranks]
+        assert codes == [0] * world, (out / "rank-0.log").read_text()[-3000:]
+    return Outcome(folder)
+
+
+def differences(a: Weights, b: Weights) -> torch.Tensor:
+    assert set(a) == set(b)
+    return torch.cat([(a[name].float() - b[name].float()).abs().flatten() for name in a])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("name", ["sgd", "clipped"])
+def test_gradients_are_the_same_on_any_number_of_ranks_at_any_stage(
+    outcome: Outcome, name: str, world: int, stage: int
+) -> None:
+    """Under SGD weights are linear in the gradients. Batches of 7, 7 and 3 divide over no number of ranks."""
+    expected = outcome.weights(f"{name} 0", world=1)
+    assert differences(expected, outcome.start).max() > 1e-2
+    assert differences(outcome.weights(f"{name} {stage}", world), expected).max() < 1e-6
+
+
+def test_gradient_equals_plain_torch(outcome: Outcome) -> None:
+    """The first update of the probe's epoch, by the formula, one sequence at a time, without any of our batching."""
+    lm = AutoModelForCausalLM.from_pretrained(outcome.policy, dtype=torch.float32)
+    total, delta_w = 0.0, 0.0
+    for example in tasks()[0].examples:
+        prompt, responses = example.prompt_ids, example.response_ids
+        if len(prompt) + max(map(len, responses)) > 40:
+            prompt = prompt[-16:]
+        if len(prompt) + max(map(len, responses)) > 40:
+            responses = tuple(ids[:24] for ids in responses)
+        for m, ids in enumerate(responses):
+            tokens = torch.tensor([[*prompt.tolist(), *ids.tolist()]])
+            logps = lm(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[len(prompt) - 1 :].sum()
+            delta = logps - example.reference_logps[m]
+            total = total + 0.5 * (delta - 10.0 * (example.p_hat[m] - 0.5)) ** 2 / 7
+            delta_w += delta.item() / 7 if m == 0 else 0.0
+    total.backward()
+    norm = torch.stack([p.grad.norm() for p in lm.parameters()]).norm().item()
+    for world in (1, 2):
+        first = outcome.results[world]["sgd 3 metrics"][0]
+        assert first["loss"] == pytest.approx(total.item(), rel=1e-5)
+        assert first["delta_w"] == pytest.approx(delta_w, rel=1e-5)
+        assert first["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert first["learning_rate"] == 1e-4
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_rmsprop_agrees_over_ranks_and_stages(outcome: Outcome, world: int, stage: int) -> None:
+    """RMSprop divides by the gradient's size, so where that is near zero rounding decides: few elements, a small part
+    of a step (the first is 10 x learning rate = 1e-3)."""
+    found = differences(outcome.weights(f"rmsprop {stage}", world), outcome.weights("rmsprop 0", world=1))
+    assert found.max() < 1e-4
+    assert (found > 1e-6).float().mean() < 1e-3
+
+
+def test_adamw_moves_every_layer(outcome: Outcome) -> None:
+    after = outcome.weights("adamw 3")
+    assert all((after[name] != start).any() for name, start in outcome.start.items())
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_metrics_are_exact_over_the_global_batch(outcome: Outcome, stage: int) -> None:
+    alone, spread = (outcome.results[world][f"sgd {stage} metrics"] for world in (1, 2))
+    for a, b in zip(alone, spread, strict=True):
+        assert set(a) == set(b) == METRICS
+        for name in METRICS - {"tokens_per_s"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-4), name
+    assert [m["examples"] for m in alone] == [7, 7, 3]
+    assert [m["step"] for m in alone] == [1, 2, 3]
+    assert 0 < alone[0]["truncated_share"] < 1
+
+
+def test_reference_log_probabilities(outcome: Outcome) -> None:
+    """The same from every number of ranks and stage, in the examples' order."""
+    lm = AutoModelForCausalLM.from_pretrained(outcome.policy, dtype=torch.float32)
+    short = [i for i, e in enumerate(examples(9)) if len(e.prompt_ids) + max(map(len, e.response_ids)) <= 40]
+    assert short
+    expected = torch.tensor(outcome.results[1]["sgd 0 reference"])
+    for world in (1, 2):
+        for stage in (0, 2, 3):
+            found = torch.tensor(outcome.results[world][f"sgd {stage} reference"])
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    for i in short:
+        example = examples(9)[i]
+        ids = torch.tensor([[*example.prompt_ids.tolist(), *example.response_ids[1].tolist()]])
+        mask = torch.arange(ids.shape[1])[None] >= len(example.prompt_ids)
+        alone = PolicyLogps(lm, 16)(ids, torch.ones_like(ids), mask).item()
+        assert expected[i, 1].item() == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["restart bf16 0", "restart bf16 2", "restart bf16 3", "restart rounding 3"])
+def test_going_on_equals_resuming_from_the_saved_folder(outcome: Outcome, name: str) -> None:
+    """Bit for bit: optimizer state and the digits that saving rounds away do not outlive an iteration."""
+    going_on, resumed = outcome.weights(f"{name} going on"), outcome.weights(f"{name} resumed")
+    assert differences(going_on, resumed).max() == 0
+    assert differences(going_on, load_file(outcome.folders[2] / f"{name} folder" / "model.safetensors")).max() > 0
+    assert outcome.results[2][f"{name} going on"] == outcome.results[2][f"{name} resumed"]  # the reference policy
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_resuming_within_an_iteration_equals_going_on(outcome: Outcome, stage: int) -> None:
+    going_on = outcome.weights(f"checkpoint {stage} going on")
+    assert differences(going_on, outcome.weights(f"checkpoint {stage} resumed")).max() == 0
+
+
+def test_a_loss_that_is_not_finite_names_the_prompt_on_every_rank(outcome: Outcome) -> None:
+    messages = outcome.results[2]["not finite"]
+    assert len(messages) == 2
+    assert all("the-bad-one" in message and "prompt-0" not in message for message in messages)
+    assert differences(outcome.weights("not finite"), outcome.start).max() == 0  # nothing was updated
+
+
+# Under Ray Train.
+
+
+class ScriptedBuffer:
+    """Stands for the buffer actor: answers from the script, keeps what it is told, fails once when asked to."""
+
+    def __init__(self, policy: str, fail_at: int | None = None, poison: bool = False) -> None:
+        self.policy, self.fail_at, self.poison = policy, fail_at, poison
+        self.asked: list[int] = []
+        self.references: dict[int, Any] = {}
+        self.steps: list[dict[str, Any]] = []
+        self.done: list[TrainedIteration] = []
+
+    async def resume_point(self) -> ResumePoint:
+        if self.done:
+            return ResumePoint(self.done[-1].step, self.done[-1].policy_dir)
+        return ResumePoint(0, self.policy)
+
+    async def next_task(self, step: int) -> LearnerTask:
+        self.asked.append(step)
+        if step == self.fail_at:
+            self.fail_at = None
+            await asyncio.sleep(6)  # Ray Train commits a reported checkpoint at its next poll
+            raise RuntimeError("the script says: fail once")
+        task = scripted_task(step, len(self.done), self.references)
+        if self.poison and self.references:
+            bad = replace(task.examples[0], prompt_id="the-bad-one", reference_logps=(float("nan"), 0.0))
+            return replace(task, examples=(bad, *task.examples[1:]))
+        return task
+
+    async def record_reference(self, iteration: int, logps: list[tuple[float, ...]]) -> None:
+        self.references[iteration] = logps
+
+    async def record_step(self, metrics: dict[str, Any]) -> None:
+        self.steps.append(metrics)
+
+    async def saved(self, trained: TrainedIteration) -> None:
+        self.done.append(trained)
+
+    async def trained(self, iteration: int) -> TrainedIteration:
+        while len(self.done) < iteration:
+            await asyncio.sleep(0.05)
+        return self.done[iteration - 1]
+
+    async def seen(self) -> tuple[list[int], list[dict[str, Any]]]:
+        return self.asked, self.steps
+
+
+def scripted_buffer(policy: Path, **script: Any) -> Any:
+    env = {"PYTHONPATH": f"{HERE.parent.parent}:{HERE}"}  # this file imports the helpers beside it
+    return ray.remote(ScriptedBuffer).options(num_cpus=0, runtime_env={"env_vars": env}).remote(str(policy), **script)
+
+
+LAYOUT = Layout(
+    kind="cpu", rollout=RoleLayout(1, 0, 0.1), judge=RoleLayout(1, 0, 0.1), learner=RoleLayout(2, 0, 0.1), nodes=1
+)
+
+
+async def test_two_iterations_with_a_restart_within_the_second(
+    ray_local: None, outcome: Outcome, tmp_path: Path
+) -> None:
+    """Reference, train, save, publish; a failure after three updates; the end is that of a run without failure."""
+    config = config_for(tmp_path, outcome.policy, num_workers=2, checkpoint_every=1, max_restarts=1)
+    buffer = scripted_buffer(outcome.policy, fail_at=3)
+    hub = ray.remote(WeightsHub).remote(config)
+    learner = LearnerProcess(config, LAYOUT, buffer, hub)
+    first = await learner.trained(1)
+    assert (first.iteration, first.version, first.step) == (1, 1, 2)
+    second = await learner.trained(2)
+    assert (second.iteration, second.version, second.step) == (2, 2, 4)
+
+    saved = load_file(Path(second.policy_dir) / "model.safetensors")
+    assert differences(saved, outcome.weights("script")).max() == 0
+    await assert_published(hub, second, saved)
+    assert_loads(Path(second.policy_dir), outcome.policy, saved)
+
+    await asyncio.to_thread(learner.join, 60)
+    asked, steps = await buffer.seen.remote()
+    assert asked == [0, 0, 1, 2, 2, 2, 3, 3, 4, 4]  # after the failure at 3 it went on from 3, not from 2
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert all(set(line) == METRICS for line in steps)
+    assert [line["examples"] for line in steps] == [*SCRIPT_SIZES, *SCRIPT_SIZES]
+    # At an iteration's first update the policy is the reference.
+    assert abs(steps[2]["delta_w"]) < 1e-4
+    assert {"learner-0.log", "learner-1.log"} <= {path.name for path in (tmp_path / "logs").iterdir()}
+
+
+async def assert_published(hub: Any, trained: TrainedIteration, saved: Weights) -> None:
+    published = await hub.current.remote()
+    assert (published.version, published.checksum) == (trained.version, trained.checksum)
+    checksum, served = Checksum(), {}
+    for ref in published.chunk_refs:
+        chunk = await ref
+        checksum.update(chunk)
+        served |= {name: tensor.clone() for name, tensor in unpack(chunk)}
+    assert checksum.hexdigest() == trained.checksum
+    assert len(published.chunk_refs) > 1
+    assert differences(served, saved).max() == 0
+
+
+def assert_loads(folder: Path, start: Path, saved: Weights) -> None:
+    """transformers opens it; weights, tokenizer and chat template are there, and nothing is left of the writing."""
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    loaded = dict(lm.named_parameters())
+    assert lm.dtype == torch.float32
+    assert lm.config.use_cache
+    assert differences({name: p.detach() for name, p in loaded.items()}, saved).max() == 0
+    tokenizer, before = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(start)
+    assert tokenizer.chat_template == before.chat_template is not None
+    assert tokenizer.get_vocab() == before.get_vocab()
+    assert [path.name for path in folder.parent.iterdir()] == ["policy"]
+
+
+async def test_the_driver_is_told_what_went_wrong(ray_local: None, outcome: Outcome, tmp_path: Path) -> None:
+    """The rank's own error comes first: name, traceback, prompt id."""
+    config = config_for(tmp_path, outcome.policy, num_workers=2, max_restarts=0)
+    buffer = scripted_buffer(outcome.policy, poison=True)
+    learner = LearnerProcess(config, LAYOUT, buffer, ray.remote(WeightsHub).remote(config))
+    with pytest.raises(WorkerFailed, match=r"^learner-\d") as caught:
+        await learner.trained(1)
+    assert "the-bad-one" in str(caught.value)
+    assert "LearnerError" in str(caught.value)

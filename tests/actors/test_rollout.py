@@ -1,0 +1,138 @@
+"""Rollout and judge workers with real engines: what is sampled, recorded and handed on."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from serving_factory import Serving
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actors.judge import JudgeWorker
+from actors.pool import JudgePool, RolloutPool
+from sppo_ray.errors import WorkerFailed
+from sppo_ray.types import Prompt, ResponseGroup, Sampling
+
+GREEDY = Sampling(0.0, 1.0, 24, (0,))
+
+
+def sampled(i: int, k: int = 5) -> Sampling:
+    return Sampling(0.7, 0.9, 48, tuple(range(1024 * i, 1024 * i + k)))
+
+
+async def groups(pool: RolloutPool, prompts: list[Prompt], order: list[int]) -> list[ResponseGroup]:
+    """Group i of prompt i, asked for in `order`, returned by i."""
+    handles = await asyncio.gather(*(pool.generate(prompts[i], sampled(i), 1) for i in order))
+    fetched = {i: await handle.ref for i, handle in zip(order, handles, strict=True)}
+    return [fetched[i] for i in range(len(prompts))]
+
+
+def tokens(group: ResponseGroup) -> list[tuple[list[int], float, str]]:
+    return [(r.token_ids.tolist(), r.logprob, r.text) for r in group.responses]
+
+
+@pytest.fixture
+async def base(serving: Serving, base_weights: dict[str, torch.Tensor]) -> Serving:
+    """Both workers serve the embedded policy, whichever tests ran before."""
+    if serving.version:
+        serving.publish(base_weights)
+        await serving.pool().load(serving.version)
+    return serving
+
+
+async def test_workers_and_order_do_not_change_the_samples(base: Serving, prompts: list[Prompt]) -> None:
+    one = await groups(base.pool("rollout-0"), prompts, list(range(len(prompts))))
+    two = await groups(base.pool(), prompts, list(reversed(range(len(prompts)))))
+    alone = await (await base.pool("rollout-1").generate(prompts[3], sampled(3), 1)).ref
+    assert [tokens(group) for group in one] == [tokens(group) for group in two]
+    assert tokens(alone) == tokens(one[3])
+    assert {group.worker for group in two} == {"rollout-0", "rollout-1"}  # the load was shared
+
+
+async def test_group_and_receipt(base: Serving, prompts: list[Prompt], policy: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    (second,) = tokenizer.encode(" because", add_special_tokens=False)
+    pool = base.pool()
+    handles = await asyncio.gather(*(pool.generate(p, sampled(i), 7) for i, p in enumerate(prompts)))
+    last_tokens = set()
+    for i, handle in enumerate(handles):
+        group = await handle.ref
+        assert (group.prompt.prompt_id, group.iteration) == (prompts[i].prompt_id, 7)
+        assert group.version_start == group.version_end == base.version == handle.receipt.version
+        assert [r.seed for r in group.responses] == list(sampled(i).seeds)
+        assert handle.receipt.tokens == sum(len(r.token_ids) for r in group.responses)
+        assert handle.receipt.truncated == sum(r.finish_reason == "length" for r in group.responses)
+        for response in group.responses:
+            ids = response.token_ids
+            assert ids.dtype == np.int32
+            stopped = response.finish_reason == "stop"
+            assert stopped == (ids[-1] in (2, second))  # the stop token is part of the response
+            assert not np.isin(ids[:-1], (2, second)).any()
+            body = ids[:-1] if stopped else ids
+            assert response.text == tokenizer.decode(body, skip_special_tokens=True)
+            response.text.encode()  # no lone surrogates
+            last_tokens.add(int(ids[-1]))
+    assert {2, second} <= last_tokens  # both kinds of stop were seen
+
+
+async def test_recorded_logprob_is_the_full_softmax_at_temperature_one(
+    base: Serving, prompts: list[Prompt], policy: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
+    for i, group in enumerate(await groups(base.pool(), prompts[:4], [0, 1, 2, 3])):
+        for response in group.responses:
+            ids = torch.from_numpy(np.concatenate([prompts[i].token_ids, response.token_ids])).long()
+            with torch.no_grad():
+                logps = model(ids[None]).logits[0, :-1].log_softmax(-1)
+            taken = logps.gather(1, ids[1:, None])[-len(response.token_ids) :]
+            assert abs(taken.double().sum().item() - response.logprob) < 1e-4
+
+
+async def test_reference_seeds_are_requests_of_their_own(base: Serving, prompts: list[Prompt]) -> None:
+    async def sample(*seeds: int) -> list[list[int]]:
+        group = await (await base.pool("rollout-0").generate(prompts[0], Sampling(1.0, 1.0, 48, seeds), 1)).ref
+        assert [r.seed for r in group.responses] == list(seeds)
+        return [r.token_ids.tolist() for r in group.responses]
+
+    spaced = await sample(0, 50, 100, 150, 200)
+    assert len({tuple(ids) for ids in spaced}) == 5
+    assert spaced[1:2] == await sample(50)
+    consecutive = await sample(0, 1, 2)  # one request with n = 3: response i has seed s + i
+    assert consecutive[0] == spaced[0]
+    assert consecutive[1:2] == await sample(1)
+
+
+async def test_what_the_engine_refuses_names_the_worker(base: Serving, prompts: list[Prompt]) -> None:
+    too_long = Prompt("long", "", "", np.full(400, 5, dtype=np.int32))
+    with pytest.raises(WorkerFailed, match=r"^rollout-0: .*maximum context length is 256"):
+        await base.pool("rollout-0").generate(too_long, GREEDY, 1)
+    with pytest.raises(WorkerFailed, match=r"^rollout-0: ValueError: greedy .* 2 seeds"):
+        await base.pool("rollout-0").generate(prompts[0], Sampling(0.0, 1.0, 8, (0, 1)), 1)
+    assert (await base.pool("rollout-0").generate(prompts[0], GREEDY, 1)).receipt.tokens > 0  # and goes on
+
+
+async def test_groups_go_from_rollout_to_judge(base: Serving, prompts: list[Prompt]) -> None:
+    names = ("judge-0", "judge-1")
+    judges = {
+        name: ray.remote(JudgeWorker).options(name=name, num_cpus=0.1).remote(name, base.config) for name in names
+    }
+    pool, rollout = JudgePool(base.config, judges), base.pool()
+    await pool.ready()
+    groups = await asyncio.gather(*(rollout.generate(p, sampled(i), 1) for i, p in enumerate(prompts)))
+    judged = await asyncio.gather(*(pool.judge(group) for group in groups))
+    first = await judged[0].ref
+    assert first.logits.shape == (5, 5)
+    assert first.logits.dtype == np.float32
+    assert not first.logits.diagonal().any()
+    assert judged[0].receipt == groups[0].receipt
+    assert {(await handle.ref).judge for handle in judged} == set(names)
+    again = [await (await JudgePool(base.config, {n: judges[n]}).judge(groups[0])).ref for n in names]
+    assert all(np.array_equal(other.logits, first.logits) for other in again)  # the same bits on any worker
+    texts = [response.text for response in first.group.responses]
+    assert np.array_equal(await pool.score(prompts[0].text, texts), first.logits)
+    for actor in judges.values():
+        ray.kill(actor)
