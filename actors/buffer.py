@@ -10,6 +10,7 @@ from typing import Any
 from actors.process import redirect_output
 from sppo_ray.buffer import TrainingBuffer
 from sppo_ray.config import Config
+from sppo_ray.layout import Assignment
 from sppo_ray.metrics import MetricsLog
 from sppo_ray.types import JudgedGroup, LearnerTask, Receipt, ResumePoint, SliceSummary, TrainedIteration
 
@@ -27,6 +28,7 @@ class BufferActor:
         self._waiting: list[tuple[JudgedGroup, asyncio.Future[None]]] = []
         self._flusher: asyncio.Task[None] | None = None
         self._changed = asyncio.Condition()
+        self._learner: list[Assignment] | None = None
         self._step_line: Mapping[str, Any] = {}
 
     def __repr__(self) -> str:
@@ -61,10 +63,21 @@ class BufferActor:
         assert trained is not None
         return trained
 
+    async def learner_placed(self) -> list[Assignment]:
+        """Waits until the learner's ranks are ready; where they are."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._learner is not None)
+        assert self._learner is not None
+        return self._learner
+
     async def last_trained(self) -> TrainedIteration | None:
         return self._buffer.last_trained()
 
     # Called by the learner.
+
+    async def learner_ready(self, ranks: list[Assignment]) -> None:
+        self._learner = ranks
+        await self._notify()
 
     async def resume_point(self) -> ResumePoint:
         return self._buffer.resume_point()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,6 +16,7 @@ from actors.buffer import NAME as BUFFER
 from actors.buffer import BufferActor
 from actors.judge import JudgeWorker
 from actors.learner import LearnerProcess
+from actors.policy_folder import local_folder, publish_policy
 from actors.pool import JudgePool, RolloutPool, call
 from actors.process import environment
 from actors.rollout import RolloutWorker
@@ -21,7 +24,7 @@ from actors.weights import NAME as HUB
 from actors.weights import WeightsHub
 from sppo_ray.config import Config
 from sppo_ray.evaluation import HeldOutEvaluator, Oracle
-from sppo_ray.layout import Layout, RoleLayout
+from sppo_ray.layout import Layout, RoleLayout, check_placement
 from sppo_ray.protocols import Handle, System
 from sppo_ray.types import Prompt, ResponseGroup, SliceSummary, TrainedIteration
 
@@ -84,22 +87,29 @@ async def running(
     done = await buffer.last_trained()
     policy, version = (done.policy_dir, done.version) if done else (config.policy.model, 0)
 
-    # Rollouts, learner, judges, in this order: on shared GPUs Ray's packing then gives one of each per GPU.
+    # Rollouts, learner, judges, each when those before have their GPUs: on shared GPUs Ray's packing then gives one of each
+    # per GPU. Where they take turns, the rollouts sleep while the learner loads, and get their weights back from the hub.
     rollouts = {
-        name: _actor(RolloutWorker, name, config, layout.rollout).remote(name, config, policy, version, hub)
+        name: _actor(RolloutWorker, name, config, layout.rollout).remote(name, config, policy, version, HUB)
         for name in (f"rollout-{n}" for n in range(layout.rollout.workers))
     }
     rollout = RolloutPool(config, rollouts, hub)
-    if layout.gpus:
+    if layout.takes_turns:
         await rollout.ready()
+        await asyncio.to_thread(publish_policy, hub, Path(local_folder(policy)), version, config.weights.chunk_mb << 20)
+        await rollout.sleep()
     learner = LearnerProcess(config, layout, buffer.actor, hub) if learn else None
+    placed = await learner.placed() if learner and layout.gpus else []
     judges = {
         name: _actor(JudgeWorker, name, config, layout.judge).remote(name, config)
         for name in (f"judge-{n}" for n in range(layout.judge.workers))
     }
     judge = JudgePool(config, judges)
-    await rollout.ready()
     await judge.ready()
+    await rollout.ready()
+    if layout.takes_turns:
+        await rollout.load(version)
+    check_placement(layout, [*await rollout.where(), *placed, *await judge.where()])
     evaluator = HeldOutEvaluator(config, heldout, rollout, judge, fetch, buffer.record, oracle_of(config))
     yield Running(rollout, judge, buffer, evaluator, hub, learner, done)
     if learner:

@@ -25,7 +25,7 @@ def evaluate(config: Config, layout: Layout, checked: Preflight, policy: str, co
     """The held-out table of policy.model and `policy`. Leaves nothing behind."""
     with tempfile.TemporaryDirectory(prefix="sppo-eval-") as scratch, connected(config, layout):
         there = config.model_copy(update={"run": config.run.model_copy(update={"dir": scratch})})
-        asyncio.run(_evaluate(there, layout, checked, policy, console))
+        asyncio.run(_evaluate(there, layout.without_learner(), checked, policy, console))
         return closing_table(read_metrics(Path(scratch) / "metrics.jsonl"))
 
 

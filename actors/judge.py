@@ -13,9 +13,10 @@ import numpy as np
 import ray
 import torch
 
-from actors.process import redirect_output
+from actors.process import assignment, redirect_output
 from sppo_ray.config import Config
 from sppo_ray.errors import JudgeError
+from sppo_ray.layout import Assignment
 from sppo_ray.pairrm import load_pairrm
 from sppo_ray.types import JudgedGroup, Prompt, Receipt, ResponseGroup
 
@@ -66,9 +67,9 @@ class JudgeWorker:
         """The worker's name, once it serves."""
         return self.name
 
-    async def ready(self) -> str:
-        """As `ping`."""
-        return self.name
+    async def where(self) -> Assignment:
+        """The node and GPUs this worker was given."""
+        return assignment("judge", self.name)
 
     async def stats(self) -> dict[str, Any]:
         """Counts since this process started, and the device."""

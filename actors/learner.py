@@ -17,10 +17,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from actors.process import environment, redirect_output
+from actors.process import assignment, environment, redirect_output
 from sppo_ray.config import Config
 from sppo_ray.errors import SppoError, WorkerFailed
-from sppo_ray.layout import Layout
+from sppo_ray.layout import Assignment, Layout
 from sppo_ray.types import ReferenceTask, SaveTask, StopTask, TrainedIteration, TrainTask
 
 NAME = "learner"
@@ -50,6 +50,9 @@ def _loop(config: Config, buffer: Any, hub: Any, takes_turns: bool) -> None:
     engine = TrainingEngine(config, source, ranks, takes_turns)
     step = _resume_within_iteration(engine, start.step)
     engine.offload()
+    placed = ranks.gather(assignment("learner", f"{NAME}-{ranks.rank}"))
+    if ranks.first:
+        ray.get(buffer.learner_ready.remote(placed))
 
     while True:
         task = ranks.broadcast(ray.get(buffer.next_task.remote(step)) if ranks.first else None)
@@ -121,18 +124,34 @@ class LearnerProcess:
         self._thread = threading.Thread(target=self._fit, name=NAME, daemon=True)
         self._thread.start()
 
+    async def placed(self) -> list[Assignment]:
+        """Waits until every rank has loaded the policy (and offloaded it, where it takes turns). Raises WorkerFailed."""
+        return await self._answer(self._buffer.learner_placed.remote(), "every rank was ready")
+
     async def trained(self, iteration: int) -> TrainedIteration:
         """Waits until the iteration's policy is saved and published. Raises WorkerFailed if the learner ends before."""
-        done = asyncio.ensure_future(_awaited(self._buffer.trained.remote(iteration)))
+        return await self._answer(self._buffer.trained.remote(iteration), f"iteration {iteration} was trained")
+
+    def check(self) -> None:
+        """Raises WorkerFailed if the learner has failed."""
+        if self._failure is not None:
+            raise WorkerFailed(describe_failure(self._failure)) from self._failure
+
+    async def _answer(self, reference: Any, event: str) -> Any:
+        """The buffer's answer, which comes with `event`, unless the learner ends first."""
+        done = asyncio.ensure_future(_awaited(reference))
         try:
             while not self._ended.is_set():
                 finished, _ = await asyncio.wait([done], timeout=0.5)
                 if finished:
                     return done.result()
-            # It ended: of itself, after the last iteration, or with a failure.
-            if self._failure is not None:
-                raise WorkerFailed(describe_failure(self._failure)) from self._failure
-            return await done
+            # It ended: with a failure, or of itself after its last iteration, which the buffer then knows of.
+            if not done.done():
+                self.check()
+            try:
+                return await asyncio.wait_for(done, timeout=30)
+            except TimeoutError:
+                raise WorkerFailed(f"{NAME}: stopped before {event}") from None
         finally:
             done.cancel()
 
@@ -141,8 +160,7 @@ class LearnerProcess:
         self._thread.join(timeout)
         if self._thread.is_alive():
             raise TimeoutError(f"{NAME}: still running after {timeout} s")
-        if self._failure is not None:
-            raise WorkerFailed(describe_failure(self._failure)) from self._failure
+        self.check()
 
     def _fit(self) -> None:
         try:

@@ -19,6 +19,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError,
 from actors.weights import NAME as HUB
 from sppo_ray.config import Config
 from sppo_ray.errors import WeightSyncError, WorkerFailed
+from sppo_ray.layout import Assignment
 from sppo_ray.protocols import Handle
 from sppo_ray.types import Prompt, Sampling
 
@@ -216,6 +217,10 @@ class RolloutPool:
     async def sleep(self) -> None:
         await self._workers.on_each("sleep")
 
+    async def where(self) -> list[Assignment]:
+        """Where every worker is."""
+        return list((await self._workers.on_each("where")).values())
+
     async def stats(self) -> dict[str, dict[str, Any]]:
         """RolloutWorker.stats by worker."""
         return await self._workers.on_each("stats")
@@ -239,6 +244,10 @@ class JudgePool:
         """Float32 [K, K] logits of any texts, for evaluation."""
         scores: np.ndarray = await self._workers.call("score", source, list(candidates))
         return scores
+
+    async def where(self) -> list[Assignment]:
+        """Where every worker is."""
+        return list((await self._workers.on_each("where")).values())
 
     async def stats(self) -> dict[str, dict[str, Any]]:
         """JudgeWorker.stats by worker."""

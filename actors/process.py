@@ -7,6 +7,10 @@ import os
 import sys
 from pathlib import Path
 
+import ray
+
+from sppo_ray.layout import Assignment, Role
+
 
 def environment(gpus: bool, threads: int) -> dict[str, str]:
     """Environment of an actor's process; must be set before vllm and torch are imported, so it goes into runtime_env.
@@ -42,3 +46,8 @@ def redirect_output(run_dir: str, name: str) -> Path:
     os.close(descriptor)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True)
     return path
+
+
+def assignment(role: Role, name: str) -> Assignment:
+    """Where this process is and which GPUs Ray gave it."""
+    return Assignment(role, name, ray.get_runtime_context().get_node_id(), tuple(str(gpu) for gpu in ray.get_gpu_ids()))

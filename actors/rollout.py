@@ -14,13 +14,13 @@ from typing import Any, NoReturn, get_args
 
 import numpy as np
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 
-from actors.process import redirect_output
+from actors.process import assignment, redirect_output
 from actors.weights import Published
 from sppo_ray.config import Config
 from sppo_ray.errors import SppoError, WeightSyncError
+from sppo_ray.layout import Assignment
 from sppo_ray.types import FinishReason, Prompt, Receipt, Response, ResponseGroup, Sampling
 from sppo_ray.weight_chunks import Checksum, WeightChunk
 
@@ -31,12 +31,13 @@ class RolloutWorker:
     """Serves `model_path` as `version`, or what the hub has published since: a restarted actor is built from the same
     arguments as the first one, and must never serve the weights it began with."""
 
-    def __init__(self, name: str, config: Config, model_path: str, version: int, hub: ActorHandle | None) -> None:
+    def __init__(self, name: str, config: Config, model_path: str, version: int, hub: str) -> None:
         redirect_output(config.run.dir, name)
         from actors.engines import start_engine  # vllm: seconds to import, and its log belongs into the redirected file
 
         self.name = name
-        self._hub = hub
+        # By name: Ray keeps constructor arguments for restarts, and a handle among them would have to outlive its owner.
+        self._hub = ray.get_actor(hub)
         self._config = config
         gpus = ray.get_gpu_ids()
         self._device = f"gpu {','.join(map(str, gpus))}" if gpus else "cpu"
@@ -54,8 +55,6 @@ class RolloutWorker:
         return f"RolloutWorker({self.name}, {self._device}, v{self._first_version})"
 
     def _newer_than(self, version: int) -> Published | None:
-        if self._hub is None:
-            return None
         try:
             published: Published | None = ray.get(self._hub.current.remote(), timeout=self._config.weights.timeout_s)
         except (RayError, GetTimeoutError) as error:
@@ -124,8 +123,6 @@ class RolloutWorker:
                 await self._install(published)
 
     async def _published(self) -> Published | None:
-        if self._hub is None:
-            raise WeightSyncError(f"{self.name}: this worker was started without a weights hub")
         try:
             published: Published | None = await self._hub.current.remote()
         except RayError as error:
@@ -186,9 +183,9 @@ class RolloutWorker:
         await self._catch_up()
         return self.name
 
-    async def ready(self) -> str:
-        """As `ping`: the first answer comes when the engine is up."""
-        return await self.ping()
+    async def where(self) -> Assignment:
+        """The node and GPUs this worker was given."""
+        return assignment("rollout", self.name)
 
     async def stats(self) -> dict[str, Any]:
         """Counts since this process started, the device, and the version served (checksum null: from the model folder)."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from actors.build import BufferClient, Running, running
+from actors.build import Running, running
 from actors.cluster import connected
 from sppo_ray.config import Config
 from sppo_ray.layout import Layout
@@ -41,11 +43,7 @@ async def _train(config: Config, layout: Layout, checked: Preflight, console: Co
     with RunProgress(console, config.schedule.iterations) as progress:
         progress.say("starting the workers")
         async with running(config, layout, checked.prompts.heldout) as now:
-            follower = asyncio.create_task(_follow(now.buffer, progress))
-            try:
-                await _schedule(now, config, checked, progress)
-            finally:
-                follower.cancel()
+            await _first_of(_schedule(now, config, checked, progress), _follow(now, progress))
 
 
 async def _schedule(now: Running, config: Config, checked: Preflight, progress: RunProgress) -> None:
@@ -55,15 +53,30 @@ async def _schedule(now: Running, config: Config, checked: Preflight, progress: 
     await synchronous.run(now.system, checked.prompts.slices, config, progress, start)
 
 
-async def _follow(buffer: BufferClient, progress: RunProgress) -> None:
-    """Show the learner's steps; the learner works in its own process, so the driver looks now and then."""
+async def _follow(now: Running, progress: RunProgress) -> None:
+    """Look after the learner, which works by itself: show its steps, and raise at once if it fails."""
     shown = None
     while True:
         await asyncio.sleep(1.0)
-        line = await buffer.last_step()
+        if now.learner:
+            now.learner.check()
+        line = await now.buffer.last_step()
         if line and line["step"] != shown:
             shown = line["step"]
             progress.stepped(line)
+
+
+async def _first_of(*coroutines: Coroutine[Any, Any, None]) -> None:
+    """Run together until the first ends or fails; the others are cancelled."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def counts(config: Config) -> dict[str, int]:

@@ -44,8 +44,8 @@ class TrainingEngine:
             )
         self.config = config
         self.ranks = ranks
-        self.takes_turns = takes_turns and torch.cuda.is_available()
-        if torch.cuda.is_available():
+        self.takes_turns = takes_turns
+        if config.cluster.gpus > 0:
             # DeepSpeed takes the device from LOCAL_RANK; Ray Train has already set it from the GPU ids it was granted.
             os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
         module = load_policy(config, policy_dir)

@@ -197,6 +197,11 @@ def _refuse_colocated(config: Config) -> None:
                 f"{key}={workers} but the colocated layout puts one rollout worker and one learner rank on each GPU "
                 f"and cluster.gpus={gpus}: set {key}={gpus}, or cluster.layout=disaggregated for GPUs of their own."
             )
+    if config.learner.zero_stage != 3:
+        raise ConfigError(
+            f"learner.zero_stage={config.learner.zero_stage} cannot free the GPU for the rollouts that share it in the "
+            "colocated layout: set learner.zero_stage=3, or cluster.layout=disaggregated."
+        )
     if config.judge.num_workers > gpus:
         raise ConfigError(
             f"judge.num_workers={config.judge.num_workers} exceeds cluster.gpus={gpus}: the colocated layout has room "

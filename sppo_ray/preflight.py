@@ -34,7 +34,7 @@ def preflight(config: Config, base_dir: Path | None = None) -> Preflight:
     raw = read_prompts(config, base_dir)
     policy = inspect_policy(config.policy.model, config.policy.trust_remote_code)
     context = _context(config, policy)
-    judge = inspect_pairrm(config.judge.model)
+    judge = inspect_pairrm(config.judge.model, download=True)
     tokenizer = load_tokenizer(policy, config.policy.trust_remote_code)
     prompts = encode_prompts(config, tokenizer, context, raw)
     _refuse_foreign_tokenizer(prompts, policy)

@@ -63,9 +63,9 @@ def check_pairrm(path_or_name: str | Path, *, allow_pickle: bool = False) -> Non
     inspect_pairrm(path_or_name, allow_pickle=allow_pickle)
 
 
-def inspect_pairrm(path_or_name: str | Path, *, allow_pickle: bool = False) -> PairRMInfo:
-    """Reads a local folder, or the cached snapshot of a hub name; never the network. Raises NotAPairRM."""
-    folder = resolve_folder(path_or_name, download=False)
+def inspect_pairrm(path_or_name: str | Path, *, allow_pickle: bool = False, download: bool = False) -> PairRMInfo:
+    """Reads a local folder, or the cached snapshot of a hub name, which `download` fetches first. Raises NotAPairRM."""
+    folder = resolve_folder(path_or_name, download=download)
     config = _read_config(folder)
     kind, backbone = _layout(folder, config)
     source = int(config.get("source_maxlength") or SOURCE_MAX_TOKENS)

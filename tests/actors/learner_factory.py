@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sppo_ray.config import Config
+from sppo_ray.layout import Assignment
 from sppo_ray.tiny.models import build_policy_tokenizer
-from sppo_ray.types import LearnerTask, ReferenceTask, SaveTask, StopTask, TrainingExample, TrainTask
+from sppo_ray.types import (
+    LearnerTask,
+    ReferenceTask,
+    ResumePoint,
+    SaveTask,
+    StopTask,
+    TrainedIteration,
+    TrainingExample,
+    TrainTask,
+)
 
 VOCAB = 1024
 
@@ -106,3 +118,51 @@ def scripted_task(step: int, saved: int, references: Mapping[int, Logps]) -> Lea
         task,
         examples=tuple(replace(e, reference_logps=v) for e, v in zip(task.examples, known, strict=True)),
     )
+
+
+class ScriptedBuffer:
+    """Stands for the buffer actor: answers from the script, keeps what it is told, fails once when asked to."""
+
+    def __init__(self, policy: str, fail_at: int | None = None, poison: bool = False) -> None:
+        self.policy, self.fail_at, self.poison = policy, fail_at, poison
+        self.asked: list[int] = []
+        self.references: dict[int, Any] = {}
+        self.steps: list[dict[str, Any]] = []
+        self.done: list[TrainedIteration] = []
+
+    async def learner_ready(self, ranks: list[Assignment]) -> None:
+        assert [rank.name for rank in ranks] == [f"learner-{n}" for n in range(len(ranks))]
+
+    async def resume_point(self) -> ResumePoint:
+        if self.done:
+            return ResumePoint(self.done[-1].step, self.done[-1].policy_dir)
+        return ResumePoint(0, self.policy)
+
+    async def next_task(self, step: int) -> LearnerTask:
+        self.asked.append(step)
+        if step == self.fail_at:
+            self.fail_at = None
+            await asyncio.sleep(6)  # Ray Train commits a reported checkpoint at its next poll
+            raise RuntimeError("the script says: fail once")
+        task = scripted_task(step, len(self.done), self.references)
+        if self.poison and self.references:
+            bad = replace(task.examples[0], prompt_id="the-bad-one", reference_logps=(float("nan"), 0.0))
+            return replace(task, examples=(bad, *task.examples[1:]))
+        return task
+
+    async def record_reference(self, iteration: int, logps: list[tuple[float, ...]]) -> None:
+        self.references[iteration] = logps
+
+    async def record_step(self, metrics: dict[str, Any]) -> None:
+        self.steps.append(metrics)
+
+    async def saved(self, trained: TrainedIteration) -> None:
+        self.done.append(trained)
+
+    async def trained(self, iteration: int) -> TrainedIteration:
+        while len(self.done) < iteration:
+            await asyncio.sleep(0.05)
+        return self.done[iteration - 1]
+
+    async def seen(self) -> tuple[list[int], list[dict[str, Any]]]:
+        return self.asked, self.steps

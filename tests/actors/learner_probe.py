@@ -62,6 +62,15 @@ class Probe:
         self.results[f"{name} metrics"] = [engine.step(task) for task in tasks()]
         self.keep(name, engine)
 
+    def turns(self, name: str, **settings: Any) -> None:
+        """Offloaded and reloaded before every update, as where rollouts share the GPU."""
+        engine = TrainingEngine(self.config(**settings), str(self.policy), self.ranks, takes_turns=True)
+        for task in tasks():
+            engine.offload()
+            engine.reload()
+            engine.step(task)
+        self.keep(name, engine)
+
     def restart(self, name: str, **settings: Any) -> None:
         """A second iteration, with the same engine and with one that starts from the saved folder."""
         config = self.config(**settings)
@@ -153,6 +162,7 @@ def main(policy: Path, out: Path, rank: int, world: int) -> None:
         probe.restart("restart rounding 3", zero_stage=3, dtype="float32", saved="bfloat16")
         for stage in (2, 3):
             probe.checkpoint(f"checkpoint {stage}", zero_stage=stage, dtype="bfloat16", saved="bfloat16")
+        probe.turns("turns 3", zero_stage=3)
         probe.script("script", zero_stage=3)
         probe.not_finite("not finite", zero_stage=3)
     if rank == 0:

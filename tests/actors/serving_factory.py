@@ -12,13 +12,14 @@ import torch
 from actors.pool import RolloutPool
 from actors.process import environment
 from actors.rollout import RolloutWorker
+from actors.weights import NAME
 from sppo_ray.config import Config
 from sppo_ray.weight_chunks import Checksum, WeightChunk, pack
 
 ROOT = Path(__file__).parents[2]
 
 
-def start_worker(name: str, config: Config, folder: Path, version: int, hub: Any, **env: str) -> Any:
+def start_worker(name: str, config: Config, folder: Path, version: int, **env: str) -> Any:
     """A rollout worker actor as the system makes them."""
     actor = ray.remote(RolloutWorker).options(
         name=name,
@@ -27,7 +28,7 @@ def start_worker(name: str, config: Config, folder: Path, version: int, hub: Any
         max_concurrency=100,
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), **environment(gpus=False, threads=1), **env}},
     )
-    return actor.remote(name, config, str(folder), version, hub)
+    return actor.remote(name, config, str(folder), version, NAME)
 
 
 @dataclass

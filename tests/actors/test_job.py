@@ -160,6 +160,7 @@ def head(tmp_path_factory):
     token.write_text("a-token-for-this-test-of-thirty-two-characters")
     token.chmod(0o600)
     env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"  # as in an activated environment
     command = [
         str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
         "--dashboard-host=127.0.0.1", *(f"--{name}={port}" for name, port in ports.items()), "--include-dashboard=true",

@@ -50,7 +50,7 @@ async def test_published_weights_equal_a_fresh_engine_on_them(
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     rollout = serving.config.rollout.model_copy(update={"engine": "async"})  # the config refuses it on CPU; tests may
     config = serving.config.model_copy(update={"rollout": rollout})
-    fresh = start_worker("fresh", config, tmp_path, 10**6, serving.hub, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    fresh = start_worker("fresh", config, tmp_path, 10**6, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     fresh_pool = RolloutPool(config, {"fresh": fresh}, serving.hub)
 
     checksum = serving.publish(weights)
