@@ -109,7 +109,8 @@ async def running(
     await rollout.ready()
     if layout.takes_turns:
         await rollout.load(version)
-    check_placement(layout, [*await rollout.where(), *placed, *await judge.where()])
+    if layout.gpus:
+        check_placement(layout, [*await rollout.where(), *placed, *await judge.where()])
     evaluator = HeldOutEvaluator(config, heldout, rollout, judge, fetch, buffer.record, oracle_of(config))
     yield Running(rollout, judge, buffer, evaluator, hub, learner, done)
     if learner:

@@ -156,11 +156,14 @@ class _Workers:
 
 
 def failure(name: str, error: BaseException) -> WorkerFailed:
-    """What the user reads: the actor's name, then its own error; the remote traceback stays attached as the cause."""
+    """What the user reads: the actor's name, then its own error, then (as a note) the traceback inside the actor."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     text = str(cause).strip()
     text = text.removeprefix(f"{name}:").strip()  # errors of rollout workers begin with their name already
-    return WorkerFailed(f"{name}: {type(cause).__name__}: {text}")
+    failed = WorkerFailed(f"{name}: {type(cause).__name__}: {text}")
+    if isinstance(error, RayTaskError):
+        failed.add_note(str(error))
+    return failed
 
 
 async def call(actor: ActorHandle, name: str, method: str, *args: Any) -> Any:

@@ -30,7 +30,8 @@ def train(config: Config, layout: Layout, checked: Preflight, console: Console) 
         try:
             asyncio.run(_train(config, layout, checked, console))
         except BaseException as error:
-            update_manifest(root, status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            stopped = isinstance(error, KeyboardInterrupt | asyncio.CancelledError)
+            update_manifest(root, status="interrupted" if stopped else "failed")
             raise
     update_manifest(root, status="done", **counts(config))
 
@@ -50,7 +51,10 @@ async def _schedule(now: Running, config: Config, checked: Preflight, progress: 
     if now.done:
         progress.resumed(now.done)
     start = now.done.iteration if now.done else 0
-    await synchronous.run(now.system, checked.prompts.slices, config, progress, start)
+    try:
+        await synchronous.run(now.system, checked.prompts.slices, config, progress, start)
+    except ExceptionGroup as group:  # of the lanes that sample and judge: the first to fail is the cause
+        raise group.exceptions[0] from None
 
 
 async def _follow(now: Running, progress: RunProgress) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -131,11 +132,13 @@ def exit_codes() -> Iterator[None]:
         yield
     except ConfigError as error:
         _refuse(str(error))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):  # Ctrl-C; SIGTERM, by which `ray job stop` ends a run
         err.print("interrupted; the same command goes on where the run stopped", style="yellow")
         raise typer.Exit(1) from None
     except SppoError as error:
         err.print(f"failed: {error}", style="red", highlight=False, markup=False)
+        for note in getattr(error, "__notes__", ()):
+            err.print(note, highlight=False, markup=False)
         err.print("the run can be resumed: give the same command again", style="yellow")
         raise typer.Exit(1) from None
 

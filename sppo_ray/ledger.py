@@ -108,7 +108,10 @@ class Ledger:
 
     def trained(self, iteration: int) -> TrainedIteration | None:
         path = self.folder(iteration) / "trained.json"
-        return TrainedIteration(**json.loads(path.read_text())) if path.exists() else None
+        if not path.exists():
+            return None
+        # The run directory may have moved since.
+        return TrainedIteration(**json.loads(path.read_text()) | {"policy_dir": str(self.folder(iteration) / "policy")})
 
     def last_trained(self) -> TrainedIteration | None:
         """The newest iteration whose policy is saved, if any."""

@@ -175,8 +175,9 @@ def host_parts(config: Config, layout: Layout, policy: ModelShape, judge: ModelS
     published = Part("object store: two versions of the weights", 2 * weights)
     packing = Part("chunks being packed and read", 2 * min(config.weights.chunk_mb / 1024, weights))
     if layout.gpus:
-        parts = [published, packing]
-        if _offloads(config, layout):
+        ranks = min(layout.learner.workers, layout.gpus_per_node)
+        parts = [published, packing, Part("learner ranks, each loading the whole policy at the start", ranks * weights)]
+        if layout.takes_turns:
             state = sum(part.gib for part in learner_state(config, policy))
             parts.append(Part("learner offloaded while sampling", state * layout.gpus_per_node))
         return tuple(parts)
@@ -191,11 +192,6 @@ def host_parts(config: Config, layout: Layout, policy: ModelShape, judge: ModelS
         Part("judges", layout.judge.workers * sum(part.gib for part in judge_parts(config, judge))),
         Part(f"{processes} processes at {PROCESS:g} GiB", processes * PROCESS),
     )
-
-
-def _offloads(config: Config, layout: Layout) -> bool:
-    # DeepSpeed can move its states to host memory and back for ZeRO-3 only.
-    return layout.takes_turns and config.learner.zero_stage == 3
 
 
 def _phases(
@@ -215,11 +211,10 @@ def _phases(
             Phase("learner GPU", learner, fewer),
             Phase("judge GPU", judging, smaller),
         )
-    waiting = (context,) if _offloads(config, layout) else (*learner_state(config, policy), context)
     asleep = Part("vLLM asleep", ENGINE_ASLEEP)
     return (
         Phase(
-            "every GPU, sampling", (*engine, *waiting, *judging), f"lower rollout.gpu_memory_utilization, or {smaller}"
+            "every GPU, sampling", (*engine, context, *judging), f"lower rollout.gpu_memory_utilization, or {smaller}"
         ),
         # The judge idles here, but its process keeps what its activations once took.
         Phase("every GPU, training", (*learner, asleep, *judging), f"{fewer}, or {smaller}"),

@@ -15,14 +15,16 @@ import yaml
 from sppo_ray import __version__
 from sppo_ray.atomic import whole_file, write_json
 from sppo_ray.config import Config
-from sppo_ray.config_io import dump_config, flatten, preset_overrides
+from sppo_ray.config_io import SOURCES, dump_config, flatten, preset_overrides
 from sppo_ray.errors import ConfigError
+from sppo_ray.fingerprint import fingerprint
 
 # Keys that change how fast a run goes, not what it computes: they may differ when a run goes on.
 MAY_CHANGE = (
     "run.dir", "rollout.num_workers", "rollout.in_flight", "rollout.max_num_seqs", "rollout.gpu_memory_utilization",
     "rollout.kv_cache_mb", "judge.num_workers", "learner.num_workers", "learner.micro_batch_size", "learner.zero_stage",
     "learner.logprob_chunk", "learner.checkpoint_every", "learner.max_restarts", "learner.gradient_checkpointing",
+    *SOURCES,  # their content may not: it is compared by fingerprint
 )  # fmt: skip
 SECTIONS_MAY_CHANGE = ("cluster", "weights", "buffer")
 PACKAGES = (
@@ -51,6 +53,8 @@ def check_run_dir(config: Config) -> None:
             raise ConfigError(f"run.dir={root} is not empty and holds no run; name another directory.")
         return
     changed = _changed_keys(yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8")), config)
+    before, now = read_manifest(root).get("sources", {}), sources(config)
+    changed += [f"the content of {key} is not what it was" for key in before if before[key] != now.get(key)]
     if changed:
         raise ConfigError(
             f"run.dir={root} holds a run with another config. Different: {'; '.join(changed)}. "
@@ -70,6 +74,7 @@ def claim(config: Config, facts: dict[str, Any]) -> None:
         "fidelity": config.fidelity,
         "overrides_of_preset": preset_overrides(config),
         "seed": config.run.seed,
+        "sources": sources(config),
         "versions": versions(),
         "git_commit": _git_commit(),
         **facts,
@@ -87,6 +92,12 @@ def update_manifest(root: Path, **facts: Any) -> None:
 def read_manifest(root: Path) -> dict[str, Any]:
     path = root / "manifest.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def sources(config: Config) -> dict[str, str]:
+    """Fingerprints of what the run reads, by config key."""
+    flat = flatten(config.model_dump(mode="json"))
+    return {key: fingerprint(flat[key]) for key in SOURCES if flat[key] is not None}
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,54 @@ def test_another_config_on_the_same_directory_is_refused(whole):
     assert "objective.eta was 10.0, is 5.0" in output
 
 
+def test_eval_of_the_saved_policy_gives_the_run_s_own_figures(whole):
+    lines = [json.loads(line) for line in (whole[0] / "metrics.jsonl").read_text().splitlines()]
+    process = sppo("eval", *train(whole[0])[1:], "--policy", str(whole[0] / "iter_2/policy"))
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    for mode in ("greedy", "sampled"):
+        figures = (lines[-1][f"judge_win_vs_base_{mode}"], lines[-1][f"oracle_win_vs_base_{mode}"])
+        assert any(mode in row and all(f"{figure:.3f}" in row for figure in figures) for row in output.splitlines())
+
+
+def test_taking_turns_changes_nothing(whole, tmp_path):
+    """The colocated protocol (publish the start, sleep, load on waking) on the CPU, where sleeping frees nothing."""
+    script = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from actors.train import train
+from sppo_ray.config_io import load_config
+from sppo_ray.layout import Layout, RoleLayout
+from sppo_ray.preflight import preflight
+config = load_config(Path("configs/tiny_cpu.yaml"), sys.argv[1:])
+one = RoleLayout(workers=1, gpus=0, cpus=0.1)
+train(config, Layout("colocated", one, one, one, 1, 0), preflight(config), Console())
+"""
+    run_dir = tmp_path / "turns"
+    run_dir.mkdir()
+    (run_dir / "manifest.json").write_text("{}")
+    arguments = [*train(run_dir)[3:], "evaluation.prompts=null"]
+    process = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr
+    for t in (1, 2):
+        weights = [(folder / f"iter_{t}/policy/model.safetensors").read_bytes() for folder in (whole[0], run_dir)]
+        assert weights[0] == weights[1]
+
+
+def test_a_worker_s_own_error_comes_first(tmp_path):
+    """The KV cache is too small for one sequence: vLLM says so when the engine starts."""
+    process = sppo(*train(tmp_path / "run"), "rollout.kv_cache_mb=8")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 1, output
+    first = output[output.index("failed: ") :]
+    assert first.startswith("failed: rollout-0: ")
+    assert "KV cache" in first
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["status"] == "failed"
+
+
 @pytest.fixture(scope="module")
 def interrupted(whole, tmp_path_factory) -> Path:
     """A run ended by Ctrl-C while its second iteration is being sampled; leaves no process."""
@@ -191,12 +240,24 @@ def test_an_interrupted_run_goes_on_as_a_ray_job_and_ends_the_same(whole, interr
     assert job.returncode == 0, job.stdout + job.stderr
     assert "going on after iteration 1" in job.stdout
     assert "already in the ledger" in job.stdout
+    named = {actor["name"]: actor["repr_name"] for actor in actors(address, env) if actor["name"]}
+    assert named["rollout-0"] == "RolloutWorker(rollout-0, cpu, v1)"
+    assert named["judge-0"] == "JudgeWorker(judge-0, cpu)"
+    assert {"buffer", "weights"} <= set(named)
     for t in (1, 2):
         for name in ("generated", "train", "reference"):
             one, other = (pq.read_table(folder / f"iter_{t}/{name}.parquet") for folder in (whole[0], interrupted))
             assert one.equals(other), (t, name)
         weights = [(f / f"iter_{t}/policy/model.safetensors").read_bytes() for f in (whole[0], interrupted)]
         assert weights[0] == weights[1]
+
+
+def actors(address: str, env: dict[str, str]) -> list[dict]:
+    """What the dashboard lists, dead actors included."""
+    token = env.get("RAY_AUTH_TOKEN") or Path(env["RAY_AUTH_TOKEN_PATH"]).read_text()
+    request = urllib.request.Request(f"{address}/api/v0/actors?detail=1", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)["data"]["result"]["result"]
 
 
 def wait_for(condition, timeout=300):

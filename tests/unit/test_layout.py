@@ -93,6 +93,10 @@ def test_auto_follows_the_schedule() -> None:
         (gpu_config(8, (8, 4, 8)), ["learner.num_workers=4", "set learner.num_workers=8"]),
         (gpu_config(2, (2, 2, 3)), ["judge.num_workers=3", "set judge.num_workers=2"]),
         (gpu_config(32, gpus_per_node=16), ["cluster.gpus_per_node=16", "up to 8"]),
+        (
+            gpu_config(8, sections={"learner": {"zero_stage": 2}}),
+            ["learner.zero_stage=2", "set learner.zero_stage=3"],
+        ),
         (gpu_config(12), ["cluster.gpus=12", "cluster.gpus_per_node=8", "cluster.gpus=8"]),
         (gpu_config(2, (1, 1, 1), layout="disaggregated"), ["cluster.gpus=2", "cluster.layout=colocated"]),
         (gpu_config(8, (4, 4, 1), layout="disaggregated"), ["9 GPUs", "cluster.gpus=8", "rollout.num_workers=4"]),

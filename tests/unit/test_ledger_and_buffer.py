@@ -138,9 +138,9 @@ def test_steps_and_resume_point_go_on_over_iterations(tmp_path):
     assert dataclasses.astuple(buffer.resume_point()) == (0, "base")
     buffer.seal(1, NAMES)
     buffer.record_reference(1, logps(10))
-    buffer.saved(TrainedIteration(1, 1, 3, "sum", "policy-1"))
+    buffer.saved(TrainedIteration(1, 1, 3, "sum", str(tmp_path / "iter_1/policy")))
     again = TrainingBuffer(cfg)
-    assert dataclasses.astuple(again.resume_point()) == (3, "policy-1")
+    assert dataclasses.astuple(again.resume_point()) == (3, str(tmp_path / "iter_1/policy"))
     assert again.next_task(3) is None
     again.add([judged(name, 2, version=1) for name in NAMES])
     again.seal(2, NAMES)

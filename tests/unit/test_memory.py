@@ -144,14 +144,6 @@ def test_kv_cache_must_hold_one_sequence() -> None:
     assert estimate(gpu_config(8, sections=tight)).fits
 
 
-def test_without_zero_3_the_waiting_learner_stays_on_the_gpu() -> None:
-    sections = FITTING | {"learner": {"zero_stage": 2}}
-    offloaded, resident = estimate(gpu_config(8, sections=FITTING)), estimate(gpu_config(8, sections=sections))
-    grown = resident.phases[0].gib - offloaded.phases[0].gib
-    assert grown == pytest.approx(13.489 + 2 * 3.372, abs=1e-2)
-    assert not any("offloaded" in part.label for part in resident.host)
-
-
 def test_disaggregated_gives_each_role_its_phase() -> None:
     memory = estimate(gpu_config(8, (3, 4, 1), layout="disaggregated"))
     assert [phase.where for phase in memory.phases] == ["rollout GPU", "learner GPU", "judge GPU"]

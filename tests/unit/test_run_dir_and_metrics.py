@@ -39,6 +39,15 @@ def test_what_changes_speed_only_may_change(tmp_path):
     check_run_dir(config(tmp_path, rollout__num_workers=3, cluster__threads=2, learner__num_workers=2))
 
 
+def test_sources_may_move_but_not_change(tmp_path):
+    for name, text in (("a", "same"), ("b", "same"), ("c", "other")):
+        (tmp_path / name).write_text(text)
+    claim(config(tmp_path / "run", data__prompts=str(tmp_path / "a")), {})
+    check_run_dir(config(tmp_path / "run", data__prompts=str(tmp_path / "b")))
+    with pytest.raises(ConfigError, match=r"the content of data\.prompts"):
+        check_run_dir(config(tmp_path / "run", data__prompts=str(tmp_path / "c")))
+
+
 def test_a_foreign_directory_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match="not empty"):

@@ -1,0 +1,156 @@
+"""The command line as a user meets it: refusals are one paragraph, exit code 2, and leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from sppo_ray.cli import app
+
+ROOT = Path(__file__).parents[2]
+ASSETS = ROOT / "sppo_ray" / "assets"
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Runs `sppo train` with overrides that must be refused; returns the message."""
+
+    def run(*overrides: str, config: str = str(ROOT / "configs/tiny_cpu.yaml")) -> str:
+        run_dir = tmp_path / "run"
+        result = CliRunner().invoke(app, ["train", "--config", config, f"run.dir={run_dir}", *overrides])
+        assert result.exit_code == 2, result.output
+        assert result.stderr.startswith("refused: ")
+        assert "Traceback" not in result.output
+        assert not run_dir.exists()
+        return result.stderr
+
+    return run
+
+
+def jsonl(path: Path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def copied(folder: str, to: Path, *without: str) -> Path:
+    shutil.copytree(ASSETS / folder, to, ignore=shutil.ignore_patterns(*without))
+    return to
+
+
+def test_missing_config(refused):
+    assert "no.yaml does not exist" in refused(config="no.yaml")
+
+
+def test_missing_prompts(refused):
+    assert "/no/such.jsonl" in refused("data.prompts=/no/such.jsonl")
+
+
+def test_wrong_column_names_those_there_are(refused, tmp_path):
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"text": ["a"], "answer": ["b"]}), path)
+    message = refused(f"data.prompts={path}")
+    assert "'prompt'" in message
+    assert "text" in message
+    assert "answer" in message
+
+
+def test_empty_data(refused, tmp_path):
+    assert "usable prompts" in refused(f"data.prompts={jsonl(tmp_path / 'p.jsonl')}")
+
+
+def test_fewer_prompts_than_iterations(refused, tmp_path):
+    assert "3 iterations" in refused(f"data.prompts={jsonl(tmp_path / 'p.jsonl', {'prompt': 'a'}, {'prompt': 'b'})}")
+
+
+def test_a_prompt_longer_than_the_model(refused, tmp_path):
+    rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt_id": "long", "prompt": "word " * 9000}]
+    message = refused(f"data.prompts={jsonl(tmp_path / 'p.jsonl', *rows)}")
+    assert "'long'" in message
+    assert "data.overlong=keep_last" in message
+
+
+def test_one_response(refused):
+    assert "rollout.responses_per_prompt=1" in refused("rollout.responses_per_prompt=1")
+
+
+def test_unknown_key(refused):
+    assert "did you mean rollout.temperature" in refused("rollout.temprature=1")
+
+
+def test_impossible_layout(refused):
+    message = refused("cluster.gpus=8", "learner.zero_stage=3")
+    assert "rollout.num_workers=1" in message
+    assert "set rollout.num_workers=8" in message
+
+
+def test_async_is_not_there_yet(refused):
+    assert "schedule.mode=sync" in refused("schedule.mode=async")
+
+
+@pytest.mark.parametrize(
+    ("without", "part"),
+    [
+        (("tokenizer*",), "tokenizer"),
+        (("model.safetensors",), "safetensors"),
+        (("config.json",), "config.json"),
+    ],
+)
+def test_policy_folder_without(refused, tmp_path, without, part):
+    assert part in refused(f"policy.model={copied('policy', tmp_path / 'm', *without)}")
+
+
+def test_policy_without_chat_template(refused, tmp_path):
+    folder = copied("policy", tmp_path / "m")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("chat_template", None)
+    path.write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    assert "chat template" in refused(f"policy.model={folder}")
+
+
+def test_a_judge_that_is_not_a_pairrm(refused):
+    assert "PairRM" in refused(f"judge.model={ASSETS / 'policy'}")
+
+
+def test_a_foreign_run_directory(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    arguments = ["train", "--config", str(ROOT / "configs/tiny_cpu.yaml"), f"run.dir={tmp_path}"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "not empty" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_dry_run_shows_the_plan_and_starts_nothing(tmp_path):
+    config, run_dir = str(ROOT / "configs/tiny_cpu.yaml"), tmp_path / "run"
+    result = CliRunner().invoke(app, ["train", "--dry-run", "--config", config, f"run.dir={run_dir}", "data.limit=96"])
+    assert result.exit_code == 0, result.output
+    assert "96 prompts" in result.output
+    assert "eta: 10.0" in result.output
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("name", ["mistral_7b", "llama3_8b", "gemma2_9b"])
+def test_plan_of_the_8_gpu_configs(name):
+    result = CliRunner().invoke(app, ["plan", "--config", str(ROOT / f"configs/{name}.yaml")])
+    assert result.exit_code == 0, result.output
+    assert "309" in result.output  # steps of iteration 1: ceil(19,766 / 64)
+
+
+def test_plan_refuses_what_does_not_fit():
+    config = str(ROOT / "configs/mistral_7b.yaml")
+    result = CliRunner().invoke(app, ["plan", "--config", config, "cluster.gpu_memory_gb=24"])
+    assert result.exit_code == 2
+    assert "24" in result.stderr
+
+
+def test_version_and_help():
+    assert CliRunner().invoke(app, ["--version"]).output.strip() == "0.1.0"
+    assert "Self-Play Preference Optimization" in CliRunner().invoke(app, ["--help"]).output
