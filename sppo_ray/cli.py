@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +106,8 @@ def _train(config: Config, dry_run: bool) -> None:
         out.print(dump_config(config), highlight=False, markup=False)
         return
     root = Path(config.run.dir)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and root.is_relative_to(Path.cwd()):
+        err.print(f"note: run.dir={root} lies in Ray's copy of the working directory; an absolute path outlives the job")
     if read_manifest(root).get("status") == "done":
         out.print(f"{root} is complete; here is its result. To run again, name another run.dir.", highlight=False)
         _show_result(root)

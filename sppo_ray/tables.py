@@ -6,7 +6,7 @@ Numbers are float64 (the judge's float32 logits are exact in it), so a recomputa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,17 +69,23 @@ def generated_table(judged: Sequence[JudgedGroup], mode: str) -> pa.Table:
 
 def read_groups(table: pa.Table, iteration: int) -> list[JudgedGroup]:
     """The inverse of `generated_table` (names of workers are not kept)."""
-    return [_group_of(row, iteration) for row in table.to_pylist()]
+    return [_group_of(row, iteration) for row in _rows(table)]
 
 
 def examples_of(table: pa.Table, config: Config, iteration: int) -> list[TrainingExample]:
     """What the learner trains on, a row of `generated` at a time."""
-    return [_example_of(row, config, iteration) for row in table.to_pylist()]
+    return [_example_of(row, config, iteration) for row in _rows(table)]
 
 
 def train_table(table: pa.Table, config: Config, iteration: int) -> pa.Table:
     """The reference pipeline's training columns, from a `generated` table, in its order."""
-    return pa.Table.from_pylist([_train_row(r, config, iteration) for r in table.to_pylist()], schema=TRAIN_SCHEMA)
+    return pa.Table.from_pylist([_train_row(r, config, iteration) for r in _rows(table)], schema=TRAIN_SCHEMA)
+
+
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Rows as Python objects, a few at a time: token ids take ten times the memory as Python lists."""
+    for batch in table.to_batches(max_chunksize=256):
+        yield from batch.to_pylist()
 
 
 def _generated_row(judged: JudgedGroup, probability: Any, p_hat: Any, scores: Any) -> dict[str, Any]:

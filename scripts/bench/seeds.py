@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ from sppo_ray.metrics import read_metrics
 from sppo_ray.summary import evaluations
 
 ROOT = Path(__file__).resolve().parents[2]
-FIGURES = ("judge_win_vs_base_sampled", "oracle_win_vs_base_sampled", "judge_win_vs_base_greedy", "oracle_win_vs_base_greedy")
+FIGURES = (
+    "judge_win_vs_base_sampled",
+    "oracle_win_vs_base_sampled",
+    "judge_win_vs_base_greedy",
+    "oracle_win_vs_base_greedy",
+)
 
 
 def main() -> None:
@@ -48,7 +54,7 @@ def figures(run_dir: Path) -> dict[str, list[float]]:
 
 def rises(values: list[float]) -> bool:
     """Every iteration above the one before; a perfect score may stay."""
-    return all(after > before or after == 1.0 for before, after in zip(values, values[1:], strict=False))
+    return all(after > before or after == 1.0 for before, after in pairwise(values))
 
 
 def table(runs: dict[int, dict[str, list[float]]]) -> Table:

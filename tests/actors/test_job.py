@@ -1,7 +1,8 @@
 """The whole job as a user runs it, on the shipped tiny models: real Ray, vLLM, PairRM and DeepSpeed.
 
 One run goes through undisturbed; a second one of the same config is interrupted with Ctrl-C in its second iteration and goes
-on as a Ray job on a running head. Both must give the same tables and the same weights, to the last bit.
+on as a Ray job on a running head, with twice the rollout and judge workers. Both must give the same tables and the same
+weights, to the last bit.
 """
 
 from __future__ import annotations
@@ -233,7 +234,7 @@ def test_an_interrupted_run_goes_on_as_a_ray_job_and_ends_the_same(whole, interr
     job = subprocess.run(
         [
             str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", address, "--working-dir", str(ROOT),
-            "--", "python", "scripts/train.py", *train(interrupted)[1:],
+            "--", "python", "scripts/train.py", *train(interrupted)[1:], "rollout.num_workers=2", "judge.num_workers=2",
         ],
         env=env, cwd="/", capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
