@@ -10,6 +10,7 @@ from typing import Any
 from actors.process import redirect_output
 from sppo_ray.buffer import TrainingBuffer
 from sppo_ray.config import Config
+from sppo_ray.errors import LearnerError
 from sppo_ray.layout import Assignment
 from sppo_ray.metrics import MetricsLog
 from sppo_ray.types import JudgedGroup, LearnerTask, Receipt, ResumePoint, SliceSummary, TrainedIteration
@@ -29,6 +30,7 @@ class BufferActor:
         self._flusher: asyncio.Task[None] | None = None
         self._changed = asyncio.Condition()
         self._learner: list[Assignment] | None = None
+        self._gave_up = ""
         self._step_line: Mapping[str, Any] = {}
 
     def __repr__(self) -> str:
@@ -40,7 +42,7 @@ class BufferActor:
     # Called by the schedule.
 
     async def held(self, iteration: int) -> frozenset[str]:
-        return self._buffer.held(iteration)
+        return frozenset(self._buffer.held(iteration))
 
     async def add(self, judged: JudgedGroup, receipt: Receipt) -> None:
         """Acknowledges when the group is on disk; groups that arrive within `buffer.flush_s` share a shard."""
@@ -51,14 +53,16 @@ class BufferActor:
         await acknowledged
 
     async def seal(self, iteration: int, prompt_ids: Sequence[str]) -> SliceSummary:
-        summary = await asyncio.to_thread(self._buffer.seal, iteration, prompt_ids)
-        await self._notify()
-        return summary
+        return await asyncio.to_thread(self._buffer.seal, iteration, prompt_ids)
 
-    async def trained(self, iteration: int) -> TrainedIteration:
-        """Waits until the iteration's policy is saved."""
+    async def train(self, iteration: int) -> TrainedIteration:
+        """Lets the learner work on the sealed iteration and waits until its policy is saved. Raises LearnerError."""
+        self._buffer.release(iteration)
+        await self._notify()
         async with self._changed:
-            await self._changed.wait_for(lambda: self._buffer.ledger.trained(iteration) is not None)
+            await self._changed.wait_for(lambda: self._gave_up or self._buffer.ledger.trained(iteration))
+        if self._gave_up:
+            raise LearnerError(self._gave_up)
         trained = self._buffer.ledger.trained(iteration)
         assert trained is not None
         return trained
@@ -89,6 +93,11 @@ class BufferActor:
         task = self._buffer.next_task(step)
         assert task is not None
         return task
+
+    async def give_up(self, reason: str) -> None:
+        """The learner cannot go on, and trying again would not help."""
+        self._gave_up = reason
+        await self._notify()
 
     async def record_reference(self, iteration: int, logps: Sequence[tuple[float, ...]]) -> None:
         await asyncio.to_thread(self._buffer.record_reference, iteration, logps)

@@ -15,7 +15,8 @@ from ray.actor import ActorHandle
 from actors.buffer import NAME as BUFFER
 from actors.buffer import BufferActor
 from actors.judge import JudgeWorker
-from actors.learner import LearnerProcess
+from actors.learner import NAME as LEARNER
+from actors.learner import LearnerActor, LearnerProcess
 from actors.policy_folder import local_folder, publish_policy
 from actors.pool import JudgePool, RolloutPool, call
 from actors.process import environment
@@ -98,7 +99,10 @@ async def running(
         await rollout.ready()
         await asyncio.to_thread(publish_policy, hub, Path(local_folder(policy)), version, config.weights.chunk_mb << 20)
         await rollout.sleep()
-    learner = LearnerProcess(config, layout, buffer.actor, hub) if learn else None
+    learner = None
+    if learn:
+        actor = _actor(LearnerActor, LEARNER, config, LIGHT).remote(config, layout, buffer.actor, hub)
+        learner = LearnerProcess(actor, buffer.actor)
     placed = await learner.placed() if learner and layout.gpus else []
     judges = {
         name: _actor(JudgeWorker, name, config, layout.judge).remote(name, config)
@@ -114,7 +118,7 @@ async def running(
     evaluator = HeldOutEvaluator(config, heldout, rollout, judge, fetch, buffer.record, oracle_of(config))
     yield Running(rollout, judge, buffer, evaluator, hub, learner, done)
     if learner:
-        learner.join(timeout=120)
+        await learner.join(timeout_s=120)
 
 
 def _actor(kind: type, name: str, config: Config, role: RoleLayout) -> Any:

@@ -16,6 +16,7 @@ import ray
 from sppo_ray.config import Config
 from sppo_ray.errors import ConfigError
 from sppo_ray.layout import Layout
+from sppo_ray.seeds import derive
 
 ROOT = Path(__file__).resolve().parent.parent  # where the packages `sppo_ray` and `actors` lie
 
@@ -30,7 +31,8 @@ class Connection:
 @contextmanager
 def connected(config: Config, layout: Layout) -> Iterator[Connection]:
     """Join the cluster of cluster.address or RAY_ADDRESS, else start a local one for the length of the run."""
-    namespace = f"sppo-{Path(config.run.dir).name}"
+    root = Path(config.run.dir)
+    namespace = f"sppo-{root.name}-{derive(root) % 0xFFFF:04x}"  # two run directories may have one name
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     try:
         context = _join(address, namespace) if address else _start(layout, namespace)
@@ -67,7 +69,9 @@ def _start(layout: Layout, namespace: str) -> ray.runtime_context.RuntimeContext
         namespace=namespace,
         include_dashboard=True,
         dashboard_host="127.0.0.1",
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}},
+        runtime_env={
+            "env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+        },
         log_to_driver=False,
         logging_level=logging.ERROR,
     )

@@ -65,8 +65,8 @@ class Engine(Protocol):
         ...
 
 
-def requests(sampling: Sampling) -> list[SamplingParams]:
-    """vLLM requests that give one response per seed, in order.
+def requests(sampling: Sampling, stop_ids: Sequence[int] = ()) -> list[SamplingParams]:
+    """vLLM requests that give one response per seed, in order. stop_ids: tokens that end a turn, beside the model's EOS.
 
     vLLM gives child i of a request with n = K the seed s + i, so K consecutive seeds are one request; others are K.
     """
@@ -77,6 +77,7 @@ def requests(sampling: Sampling) -> list[SamplingParams]:
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "max_tokens": sampling.max_new_tokens,
+        "stop_token_ids": list(stop_ids),
         "logprobs": 0,  # the sampled token's only
         "output_kind": RequestOutputKind.FINAL_ONLY,
     }
@@ -123,8 +124,9 @@ class _Gate:
 class VllmEngine(ABC):
     """What both engines share: the gate, requests from seeds, the update protocol, sleep."""
 
-    def __init__(self, version: int, can_sleep: bool) -> None:
+    def __init__(self, version: int, can_sleep: bool, stop_ids: Sequence[int] = ()) -> None:
         self.version = version
+        self._stop_ids = stop_ids
         self.refusal: str | None = None
         self._can_sleep = can_sleep
         self._asleep: set[str] = set()  # vLLM's memory tags
@@ -132,7 +134,7 @@ class VllmEngine(ABC):
         self._ids = itertools.count()
 
     async def generate(self, token_ids: Sequence[int], sampling: Sampling) -> list[RawOutput]:
-        params = requests(sampling)
+        params = requests(sampling, self._stop_ids)
         async with self._gate.passing():
             if self.refusal is not None:
                 raise WeightSyncError(self.refusal)

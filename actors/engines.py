@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from transformers import AutoTokenizer
 from vllm import AsyncEngineArgs, EngineArgs, RequestOutput, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -18,6 +19,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from actors.engine_base import Engine, EngineDied, VllmEngine
 from actors.weight_transfer import BACKEND, EXTENSION
 from sppo_ray.config import Config
+from sppo_ray.templating import encoder_of
 from sppo_ray.weight_chunks import WeightChunk
 
 logger = logging.getLogger(__name__)
@@ -29,9 +31,12 @@ def start_engine(config: Config, model_path: str, version: int) -> Engine:
     """The engine `rollout.engine` asks for, serving the folder `model_path` as `version`. Takes seconds to minutes."""
     on_gpu = config.cluster.gpus > 0
     kind = config.rollout.engine
+    # vLLM stops at the EOS of generation_config; a template may end a turn with another token (<|eot_id|>, <|im_end|>).
+    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=config.policy.trust_remote_code)
+    stop_ids = encoder_of(tokenizer).stop_ids
     if kind == "async" or (kind == "auto" and on_gpu):
-        return AsyncEngine(engine_arguments(config, model_path), version, can_sleep=on_gpu)
-    return InProcessEngine(engine_arguments(config, model_path), version, can_sleep=on_gpu)
+        return AsyncEngine(engine_arguments(config, model_path), version, on_gpu, stop_ids)
+    return InProcessEngine(engine_arguments(config, model_path), version, on_gpu, stop_ids)
 
 
 def engine_arguments(config: Config, model_path: str) -> dict[str, Any]:
@@ -68,8 +73,10 @@ def engine_arguments(config: Config, model_path: str) -> dict[str, Any]:
 class InProcessEngine(VllmEngine):
     """LLMEngine driven by one thread of this process. The thread's queue orders requests, steps and updates."""
 
-    def __init__(self, arguments: dict[str, Any], version: int, can_sleep: bool = False) -> None:
-        super().__init__(version, can_sleep)
+    def __init__(
+        self, arguments: dict[str, Any], version: int, can_sleep: bool = False, stop_ids: Sequence[int] = ()
+    ) -> None:
+        super().__init__(version, can_sleep, stop_ids)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._llm: LLMEngine = self._thread.submit(
             lambda: LLMEngine.from_engine_args(EngineArgs(**arguments), enable_multiprocessing=False)
@@ -140,8 +147,10 @@ class InProcessEngine(VllmEngine):
 class AsyncEngine(VllmEngine):
     """AsyncLLM: the engine core in a process of its own (and one per tensor-parallel rank), on this host."""
 
-    def __init__(self, arguments: dict[str, Any], version: int, can_sleep: bool = True) -> None:
-        super().__init__(version, can_sleep)
+    def __init__(
+        self, arguments: dict[str, Any], version: int, can_sleep: bool = True, stop_ids: Sequence[int] = ()
+    ) -> None:
+        super().__init__(version, can_sleep, stop_ids)
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
     async def _request(self, prompt: list[int], params: SamplingParams, request_id: str) -> RequestOutput:

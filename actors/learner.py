@@ -5,21 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-import threading
 import traceback
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
+from actors.pool import failure
 from actors.process import assignment, environment, redirect_output
 from sppo_ray.config import Config
-from sppo_ray.errors import SppoError, WorkerFailed
+from sppo_ray.errors import LearnerError, SppoError, WorkerFailed
 from sppo_ray.layout import Assignment, Layout
 from sppo_ray.types import ReferenceTask, SaveTask, StopTask, TrainedIteration, TrainTask
 
@@ -28,9 +29,15 @@ PROGRESS = "progress.json"
 
 
 def learner_loop(settings: dict[str, Any]) -> None:
-    """What Ray Train calls on every rank: `_loop`, with the traceback noted on what it raises, which Ray Train loses."""
+    """What Ray Train calls on every rank: `_loop`, with the traceback noted on what it raises, which Ray Train loses.
+
+    An error of our own, e.g. a non-finite loss, would come again: it ends the run instead of being tried again by Ray Train.
+    """
     try:
         _loop(**settings)
+    except LearnerError as error:
+        if ray.train.get_context().get_world_rank() == 0:
+            ray.get(settings["buffer"].give_up.remote(f"{NAME}-0: {error}"))
     except Exception as error:
         error.add_note(traceback.format_exc())
         raise
@@ -71,6 +78,7 @@ def _loop(config: Config, buffer: Any, hub: Any, takes_turns: bool) -> None:
                 if config.learner.checkpoint_every and step % config.learner.checkpoint_every == 0:
                     _report(engine, step, within_iteration=True)
             case SaveTask(iteration=iteration, version=version):
+                engine.reload()
                 folder = Path(config.run.dir) / f"iter_{iteration}" / "policy"
                 tensors = engine.consolidated_state()
                 if ranks.first:
@@ -79,7 +87,8 @@ def _loop(config: Config, buffer: Any, hub: Any, takes_turns: bool) -> None:
                 else:
                     for _ in tensors:  # take part in the gathering
                         pass
-                engine.offload()  # before the rollouts are told to wake up
+                engine.offload()
+                ranks.barrier()  # every rank has left its GPU before the rollouts are told to wake up
                 if ranks.first:
                     trained = TrainedIteration(iteration, version, step, checksum, str(folder))
                     ray.get(buffer.saved.remote(trained))
@@ -95,7 +104,8 @@ def _resume_within_iteration(engine: Any, step: int) -> int:
         return step
     with checkpoint.as_directory() as folder:
         progress = json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8"))
-        if progress["step"] <= step or not progress["within_iteration"]:
+        # DeepSpeed's state is of so many ranks at one stage; for others the iteration starts again from its beginning.
+        if progress["step"] <= step or progress["state_of"] != engine.state_kind:
             return step
         engine.load_checkpoint(Path(folder))
     return int(progress["step"])
@@ -106,73 +116,89 @@ def _report(engine: Any, step: int, within_iteration: bool) -> None:
     iteration's end the policy folder is the checkpoint, and this one lets Ray Train drop the one before."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / PROGRESS).write_text(json.dumps({"step": step, "within_iteration": within_iteration}))
+        progress = {"step": step, "state_of": engine.state_kind if within_iteration else None}
+        (folder / PROGRESS).write_text(json.dumps(progress))
         if within_iteration:
             engine.save_checkpoint(folder)
         ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(temporary))
 
 
-class LearnerProcess:
-    """The driver's side: starts the run in a thread, waits for iterations, tells what went wrong."""
+class LearnerActor:
+    """Holds the Ray Train run, so that the learner has a name and a log of its own beside its ranks."""
 
     def __init__(self, config: Config, layout: Layout, buffer: Any, hub: Any) -> None:
         """buffer, hub: actor handles."""
-        self._buffer = buffer
+        redirect_output(config.run.dir, NAME)
+        self._ranks = f"{layout.learner.workers} ranks on {'gpu' if layout.learner.gpus else 'cpu'}"
         self._trainer = _trainer(config, layout, buffer, hub)
-        self._failure: BaseException | None = None
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._fit, name=NAME, daemon=True)
-        self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"LearnerActor({NAME}, {self._ranks})"
+
+    def fit(self) -> None:
+        """Returns at the StopTask. Raises WorkerFailed with the failing rank's own error."""
+        try:
+            self._trainer.fit()
+        except (TrainingFailedError, RayError) as error:
+            raise WorkerFailed(describe_failure(error)) from None
+
+
+class LearnerProcess:
+    """The driver's side: `protocols.Learner` over the learner actor and the buffer, which knows what is trained."""
+
+    def __init__(self, actor: Any, buffer: Any) -> None:
+        """actor, buffer: handles of the LearnerActor and the buffer."""
+        self._buffer = buffer
+        self._fit = actor.fit.remote()
 
     async def placed(self) -> list[Assignment]:
         """Waits until every rank has loaded the policy (and offloaded it, where it takes turns). Raises WorkerFailed."""
         return await self._answer(self._buffer.learner_placed.remote(), "every rank was ready")
 
-    async def trained(self, iteration: int) -> TrainedIteration:
-        """Waits until the iteration's policy is saved and published. Raises WorkerFailed if the learner ends before."""
-        return await self._answer(self._buffer.trained.remote(iteration), f"iteration {iteration} was trained")
+    async def train(self, iteration: int) -> TrainedIteration:
+        """Raises LearnerError or WorkerFailed if the learner ends before the iteration's policy is published."""
+        return await self._answer(self._buffer.train.remote(iteration), f"iteration {iteration} was trained")
 
     def check(self) -> None:
         """Raises WorkerFailed if the learner has failed."""
-        if self._failure is not None:
-            raise WorkerFailed(describe_failure(self._failure)) from self._failure
+        if ray.wait([self._fit], timeout=0)[0]:
+            _result(self._fit)
+
+    async def join(self, timeout_s: float) -> None:
+        """Wait until the learner is at its StopTask. Raises WorkerFailed if it failed, TimeoutError if it goes on."""
+        await asyncio.to_thread(_result, self._fit, timeout_s)
 
     async def _answer(self, reference: Any, event: str) -> Any:
         """The buffer's answer, which comes with `event`, unless the learner ends first."""
-        done = asyncio.ensure_future(_awaited(reference))
+        answer, fit = asyncio.ensure_future(_awaited(reference)), asyncio.ensure_future(_awaited(self._fit))
         try:
-            while not self._ended.is_set():
-                finished, _ = await asyncio.wait([done], timeout=0.5)
-                if finished:
-                    return done.result()
-            # It ended: with a failure, or of itself after its last iteration, which the buffer then knows of.
-            if not done.done():
-                self.check()
-            try:
-                return await asyncio.wait_for(done, timeout=30)
-            except TimeoutError:
-                raise WorkerFailed(f"{NAME}: stopped before {event}") from None
+            await asyncio.wait([answer, fit], return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                _result(self._fit)
+                # It ended of itself: after its last iteration, or giving up, and the buffer has been told.
+                await asyncio.wait([answer], timeout=30)
+            if answer.done():
+                return _result(reference)
+            raise WorkerFailed(f"{NAME}: stopped before {event}")
         finally:
-            done.cancel()
-
-    def join(self, timeout: float | None = None) -> None:
-        """Wait until the learner is at its StopTask. Raises WorkerFailed if it failed, TimeoutError if it goes on."""
-        self._thread.join(timeout)
-        if self._thread.is_alive():
-            raise TimeoutError(f"{NAME}: still running after {timeout} s")
-        self.check()
-
-    def _fit(self) -> None:
-        try:
-            self._trainer.fit()
-        except BaseException as error:  # noqa: BLE001 - kept for, and raised in, the thread that waits
-            self._failure = error
-        finally:
-            self._ended.set()
+            answer.cancel()
+            fit.cancel()
 
 
 async def _awaited(reference: Any) -> Any:
     return await reference
+
+
+def _result(reference: Any, timeout_s: float | None = None) -> Any:
+    """What a finished call gave; our own errors as they were raised in the actor, Ray's as WorkerFailed."""
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except GetTimeoutError:
+        raise TimeoutError(f"{NAME}: still running after {timeout_s} s") from None
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, SppoError) else failure(NAME, error)) from None
+    except RayError as error:
+        raise failure(NAME, error) from error
 
 
 def _trainer(config: Config, layout: Layout, buffer: Any, hub: Any) -> TorchTrainer:

@@ -54,7 +54,10 @@ def write_policy(folder: Path, source: str, dtype: str, tensors: Iterable[tuple[
 
 def read_policy(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a policy folder, one at a time, in the order of its shards."""
-    for path in sorted(folder.glob("*.safetensors")):
+    index = folder / INDEX
+    # A folder may hold other safetensors beside the model's, e.g. the same weights under their makers' names.
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    for path in (folder / name for name in sorted(names)):
         with safe_open(path, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 - not a mapping
                 yield name, shard.get_tensor(name)

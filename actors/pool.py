@@ -212,9 +212,13 @@ class RolloutPool:
                 task.cancel()  # nothing for those that are done
         problems = [f"{name}: no answer in {self._timeout_s:g} s" for name, task in tasks.items() if task in late]
         finished = {name: task for name, task in tasks.items() if task not in late}
-        problems += [str(task.exception()) for task in finished.values() if task.exception() is not None]
+        errors = [error for task in finished.values() if (error := task.exception()) is not None]
+        problems += [str(error) for error in errors]
         if problems:
-            raise WeightSyncError("weights did not reach every worker. " + "; ".join(problems))
+            failed = WeightSyncError("weights did not reach every worker. " + "; ".join(problems))
+            for note in (note for error in errors for note in getattr(error, "__notes__", ())):
+                failed.add_note(note)  # the tracebacks inside the workers
+            raise failed
         return {name: task.result() for name, task in finished.items()}
 
     async def sleep(self) -> None:

@@ -39,6 +39,10 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]  # type: ignore[return-value]
 
+    def barrier(self) -> None:
+        """Returns when every rank is here."""
+        dist.barrier(group=self.group)
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
         values: list[Any] = [None] * self.world

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import signal
 from collections.abc import Coroutine
 from pathlib import Path
@@ -17,22 +18,27 @@ from sppo_ray.layout import Layout
 from sppo_ray.ledger import Ledger
 from sppo_ray.preflight import Preflight
 from sppo_ray.progress import RunProgress
-from sppo_ray.run_dir import update_manifest
+from sppo_ray.run_dir import claimed, update_manifest
 from sppo_ray.schedules import synchronous
 
 
 def train(config: Config, layout: Layout, checked: Preflight, console: Console) -> None:
     """Run to the end. Raises what stopped it; everything done so far is in the run directory."""
-    root = Path(config.run.dir)
     with connected(config, layout) as cluster:
         if cluster.dashboard:
             console.print(f"Ray dashboard: {cluster.dashboard} (namespace {cluster.namespace})", highlight=False)
-        try:
-            asyncio.run(_train(config, layout, checked, console))
-        except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt | asyncio.CancelledError)
-            update_manifest(root, status="interrupted" if stopped else "failed")
-            raise
+        with claimed(config, {"prompts": dataclasses.asdict(checked.prompts.report)}):
+            _run(config, layout, checked, console)
+
+
+def _run(config: Config, layout: Layout, checked: Preflight, console: Console) -> None:
+    root = Path(config.run.dir)
+    try:
+        asyncio.run(_train(config, layout, checked, console))
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt | asyncio.CancelledError)
+        update_manifest(root, status="interrupted" if stopped else "failed")
+        raise
     update_manifest(root, status="done", **counts(config))
 
 

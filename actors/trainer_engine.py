@@ -142,6 +142,11 @@ class TrainingEngine:
             self.engine.reload_states()
             self._move_optimizer(self.engine.device)
 
+    @property
+    def state_kind(self) -> str:
+        """What a DeepSpeed checkpoint of this engine can be loaded by."""
+        return f"{self.ranks.world} ranks, ZeRO {self.config.learner.zero_stage}"
+
     def save_checkpoint(self, folder: Path) -> None:
         """DeepSpeed's state of this rank, weights included, to resume within an iteration on as many ranks."""
         self.engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG)

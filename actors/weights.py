@@ -40,7 +40,7 @@ class WeightsHub:
         self._chunks: dict[int, ray.ObjectRef] = {}
 
     def __repr__(self) -> str:
-        return f"WeightsHub({NAME})"
+        return f"WeightsHub({NAME}, cpu)"
 
     async def begin(self, version: int) -> None:
         """Start to publish `version`; whatever an interrupted publish left is dropped.

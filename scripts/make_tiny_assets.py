@@ -1,6 +1,6 @@
 """Make the embedded tiny policy, judge and prompts: `python scripts/make_tiny_assets.py` writes sppo_ray/assets/.
 
-Seeded and single-threaded, so the same machine makes the same bytes. About twelve minutes; `--quick` makes an untrained
+Seeded and single-threaded, so the same machine makes the same bytes. About 20 minutes; `--quick` makes an untrained
 set of the same shape in seconds, for tests.
 """
 

@@ -1,7 +1,8 @@
 """The buffer between judges and learner, as a plain class: what is sealed, what comes next. No actor, no waiting in it.
 
-An iteration goes collecting -> sealed -> referenced -> trained. The learner asks `next_task(step)` with the number of updates
-it has done; the answer depends on nothing else, so a learner that restarts and asks again gets the same rows.
+An iteration goes collecting -> sealed -> released (by the schedule) -> referenced -> trained. The learner asks
+`next_task(step)` with the number of updates it has done; the answer depends on nothing else, so a learner that restarts and
+asks again gets the same rows.
 """
 
 from __future__ import annotations
@@ -56,18 +57,19 @@ class TrainingBuffer:
         self._done = self.ledger.last_trained()
         self._open: OpenSlice | None = None
         self._held: dict[int, set[str]] = {}
+        self._released: int | None = None  # the iteration the schedule lets the learner work on
         if (iteration := self._next_iteration()) and (summary := self.ledger.sealed(iteration)):
             self._open = self._slice(summary, self.ledger.generated(iteration))
 
     # Collecting.
 
-    def held(self, iteration: int) -> frozenset[str]:
+    def held(self, iteration: int) -> set[str]:
         """Prompt ids whose judged group is on disk."""
         if iteration not in self._held:
             sealed = self.ledger.sealed(iteration)
             table = self.ledger.generated(iteration) if sealed else self.ledger.read(iteration)
             self._held[iteration] = set() if table is None else set(table["prompt_id"].to_pylist())
-        return frozenset(self._held[iteration])
+        return self._held[iteration]
 
     def add(self, judged: Sequence[JudgedGroup]) -> None:
         """Make groups durable. A group that is already held is left as it is."""
@@ -77,10 +79,10 @@ class TrainingBuffer:
             fresh = {prompt_id: j for prompt_id, j in fresh.items() if prompt_id not in held}
             if fresh:
                 self.ledger.append(iteration, list(fresh.values()))
-                self._held[iteration] |= set(fresh)
+                held.update(fresh)
 
     def seal(self, iteration: int, prompt_ids: Sequence[str]) -> SliceSummary:
-        """Close the slice and open it for training. Sealing a sealed slice gives its summary again."""
+        """Close the slice. Sealing a sealed slice gives its summary again."""
         if summary := self.ledger.sealed(iteration):
             return summary
         if iteration != self._next_iteration():
@@ -93,6 +95,10 @@ class TrainingBuffer:
 
     # Training.
 
+    def release(self, iteration: int) -> None:
+        """Let the learner work on the iteration, once it is sealed."""
+        self._released = iteration
+
     def resume_point(self) -> ResumePoint:
         """Where a learner without a newer checkpoint starts."""
         if self._done is None:
@@ -100,10 +106,10 @@ class TrainingBuffer:
         return ResumePoint(step=self._done.step, policy_dir=self._done.policy_dir)
 
     def next_task(self, step: int) -> LearnerTask | None:
-        """The task after `step` updates; None while the slice it needs is not sealed."""
+        """The task after `step` updates; None while the slice it needs is not sealed or not released."""
         if self._next_iteration() is None:
             return StopTask()
-        if self._open is None:
+        if self._open is None or self._open.summary.iteration != self._released:
             return None
         now = self._open
         if not now.first_step <= step <= now.end_step:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,9 +80,13 @@ def evaluate(
     with exit_codes():
         from actors.evaluate import evaluate as run_evaluation
         from sppo_ray.layout import compute_layout
+        from sppo_ray.model_folder import inspect_policy
         from sppo_ray.preflight import preflight
 
         resolved = load_config(config, overrides or ())
+        if resolved.evaluation.prompts is None:
+            raise ConfigError("evaluation.prompts=null leaves nothing to evaluate on; name held-out prompts.")
+        inspect_policy(policy, resolved.policy.trust_remote_code)
         layout = compute_layout(resolved)
         out.print(run_evaluation(resolved, layout, preflight(resolved), policy, out))
 
@@ -91,7 +94,7 @@ def evaluate(
 def _train(config: Config, dry_run: bool) -> None:
     from sppo_ray.layout import compute_layout
     from sppo_ray.preflight import preflight
-    from sppo_ray.run_dir import check_run_dir, claim, read_manifest
+    from sppo_ray.run_dir import check_run_dir, read_manifest
 
     check_run_dir(config)
     layout = compute_layout(config)
@@ -102,17 +105,18 @@ def _train(config: Config, dry_run: bool) -> None:
     if dry_run:
         from sppo_ray.plan import make_plan, render_plan
 
-        out.print(render_plan(make_plan(config, checked.prompts.report.prompts)))
+        out.print(render_plan(make_plan(config, [len(part) for part in checked.prompts.slices])))
         out.print(dump_config(config), highlight=False, markup=False)
         return
     root = Path(config.run.dir)
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and root.is_relative_to(Path.cwd()):
-        err.print(f"note: run.dir={root} lies in Ray's copy of the working directory; an absolute path outlives the job")
+        err.print(
+            f"note: run.dir={root} lies in Ray's copy of the working directory; an absolute path outlives the job"
+        )
     if read_manifest(root).get("status") == "done":
         out.print(f"{root} is complete; here is its result. To run again, name another run.dir.", highlight=False)
         _show_result(root)
         return
-    claim(config, {"prompts": dataclasses.asdict(checked.prompts.report)})
     from actors.train import train as run_training
 
     run_training(config, layout, checked, out)

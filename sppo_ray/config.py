@@ -164,7 +164,7 @@ class Weights(Section):
 class Buffer(Section):
     shard_groups: int = Field(256, ge=1)
     """Judged groups per ledger shard."""
-    flush_s: float = Field(0.2, gt=0)
+    flush_s: float = Field(1.0, gt=0)
     """A judged group waits at most this long for others to share its shard before it is written and acknowledged."""
 
 

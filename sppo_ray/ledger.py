@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class Ledger:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.root = Path(config.run.dir)
+        self._next_shard: dict[Path, int] = {}
 
     def folder(self, iteration: int) -> Path:
         return self.root / f"iter_{iteration}"
@@ -44,8 +46,11 @@ class Ledger:
         """Write groups as one shard; they are durable when this returns."""
         folder = self.folder(iteration) / "ledger"
         folder.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(path.stem.split("-")[1]) for path in folder.glob("shard-*")), default=-1)
-        _write(folder / f"shard-{number:05d}.parquet", generated_table(judged, self.config.judge.win_rates))
+        if folder not in self._next_shard:
+            self._next_shard[folder] = 1 + max((int(p.stem.split("-")[1]) for p in folder.glob("shard-*")), default=-1)
+        number = self._next_shard[folder]
+        _write(folder / f"shard-{number:06d}.parquet", generated_table(judged, self.config.judge.win_rates))
+        self._next_shard[folder] = number + 1
 
     def read(self, iteration: int) -> pa.Table | None:
         """All judged groups of an unsealed iteration, each prompt once; None if there are none.
@@ -80,10 +85,7 @@ class Ledger:
     def mark_sealed(self, summary: SliceSummary) -> None:
         """The slice is complete; its shards are no longer needed."""
         write_json(self.folder(summary.iteration) / "sealed.json", dataclasses.asdict(summary))
-        shards = self.folder(summary.iteration) / "ledger"
-        for path in shards.glob("shard-*"):
-            path.unlink()
-        shards.rmdir()
+        shutil.rmtree(self.folder(summary.iteration) / "ledger")
 
     def sealed(self, iteration: int) -> SliceSummary | None:
         path = self.folder(iteration) / "sealed.json"

@@ -2,7 +2,7 @@
 
 P parameters of the policy, N learner ranks, e bytes per element (bf16 2, fp32 4). Per learner GPU, ZeRO-3 (DeepSpeed):
 
-    parameters          e P/N              gradients              e P/N
+    parameters          e P/N              gradients              4 P/N (accumulated in fp32)
     fp32 master         4 P/N              fp32 gradients at the step   4 min(P/N, 1e9)   (one sub-group at a time)
     optimizer           4 P/N (RMSprop)    8 P/N (AdamW)
     gathered layers     e min(P, 1e9)      reduction bucket       e min(P, 5e8)
@@ -128,7 +128,7 @@ def learner_work(config: Config, policy: ModelShape) -> tuple[Part, ...]:
     tokens = micro_batch_tokens(config)
     chunk = min(learner.logprob_chunk, tokens) * policy.vocab * (24 if policy.family == "gemma2" else 16)
     return (
-        Part("gradients", e * shard / GIB),
+        Part("gradients", (4 if learner.zero_stage else e) * shard / GIB),  # accumulated in fp32: trainer_setup.py
         Part("fp32 gradients at the step", (0 if learner.zero_stage == 0 and e == 4 else 4 * step) / GIB),
         Part("DeepSpeed buffers", e * buffers / GIB),
         Part("activations", activation_bytes(config, policy) / GIB),

@@ -12,8 +12,8 @@ from sppo_ray.config import Config
 from sppo_ray.errors import ConfigError
 from sppo_ray.model_folder import PolicyInfo, inspect_policy, load_tokenizer
 from sppo_ray.pairrm import PairRMInfo, inspect_pairrm
+from sppo_ray.pairrm.checkpoint import check_limits
 from sppo_ray.prompts import PreparedPrompts, RawPrompts, encode_prompts, read_prompts
-from sppo_ray.templating import encoder_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +23,6 @@ class Preflight:
     policy: PolicyInfo
     judge: PairRMInfo
     prompts: PreparedPrompts
-    context_length: int  # tokens the engine is to be started with
-    stop_ids: tuple[int, ...]  # token ids that end a response
-    responses: int  # K x prompts, over all iterations
     warnings: tuple[str, ...]  # odd, but allowed
 
 
@@ -35,6 +32,8 @@ def preflight(config: Config, base_dir: Path | None = None) -> Preflight:
     policy = inspect_policy(config.policy.model, config.policy.trust_remote_code)
     context = _context(config, policy)
     judge = inspect_pairrm(config.judge.model, download=True)
+    source, candidate = config.judge.source_max_tokens, config.judge.candidate_max_tokens
+    check_limits(judge.folder, judge.config, source or judge.source_max_tokens, candidate or judge.candidate_max_tokens)
     tokenizer = load_tokenizer(policy, config.policy.trust_remote_code)
     prompts = encode_prompts(config, tokenizer, context, raw)
     _refuse_foreign_tokenizer(prompts, policy)
@@ -42,9 +41,6 @@ def preflight(config: Config, base_dir: Path | None = None) -> Preflight:
         policy=policy,
         judge=judge,
         prompts=prompts,
-        context_length=context,
-        stop_ids=encoder_of(tokenizer).stop_ids,
-        responses=config.rollout.responses_per_prompt * prompts.total,
         warnings=tuple(_warnings(config, raw, prompts)),
     )
 

@@ -66,7 +66,7 @@ class RunProgress:
             self.bars.remove_task(task)
         name = f"iteration {iteration}/{self.iterations}"
         self._sampled = self.bars.add_task(f"{name} sampled", total=total, completed=held, note="")
-        self._judged = self.bars.add_task(f"{name} judged", total=total, completed=held, note="")
+        self._judged = self.bars.add_task(f"{name} judged", total=total, completed=held, note="", held=held)
         again = f" ({held} already in the ledger)" if held else ""
         self.say(f"{name}: sampling and judging {total} prompts{again}")
 
@@ -117,7 +117,8 @@ class RunProgress:
 
     def _eta(self, task: Any) -> str:
         elapsed = time.monotonic() - self._since
-        return f", {elapsed / task.completed * (task.total - task.completed):.0f} s to go" if task.completed else ""
+        done = task.completed - task.fields.get("held", 0)
+        return f", {elapsed / done * (task.total - task.completed):.0f} s to go" if done > 0 else ""
 
     def _line(self, text: str) -> None:
         if not self.console.is_terminal and time.monotonic() - self._last_line > LINE_EVERY_S:

@@ -57,15 +57,18 @@ class Buffer(Protocol):
         ...
 
     async def seal(self, iteration: int, prompt_ids: Sequence[str]) -> SliceSummary:
-        """Write generated.parquet and train.parquet, in the order of prompt_ids, and open the slice for training."""
+        """Write generated.parquet and train.parquet, in the order of prompt_ids."""
         ...
 
 
 class Learner(Protocol):
-    """The learner, which pulls its batches from the buffer by itself."""
+    """The learner, which pulls the batches of the iteration it is told to train from the buffer by itself."""
 
-    async def trained(self, iteration: int) -> TrainedIteration:
-        """Returns when the iteration's policy is saved and its weights are published to the hub."""
+    async def train(self, iteration: int) -> TrainedIteration:
+        """Train on the sealed iteration; returns when its policy is saved and its weights are published to the hub.
+
+        The learner touches its device from here until this returns, and at no other time.
+        """
         ...
 
 

@@ -6,11 +6,14 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from sppo_ray import __version__
 from sppo_ray.atomic import whole_file, write_json
@@ -60,6 +63,21 @@ def check_run_dir(config: Config) -> None:
             f"run.dir={root} holds a run with another config. Different: {'; '.join(changed)}. "
             "Name another run.dir, or give these keys their old values to go on with that run."
         )
+
+
+@contextmanager
+def claimed(config: Config, facts: dict[str, Any]) -> Iterator[None]:
+    """`claim`, and nobody else may while it lasts. Raises ConfigError if somebody has it."""
+    lock = FileLock(Path(config.run.dir) / ".lock", timeout=0)
+    Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+    try:
+        with lock:
+            claim(config, facts)
+            yield
+    except Timeout:
+        raise ConfigError(
+            f"run.dir={config.run.dir} is in use by another process; wait for it or name another."
+        ) from None
 
 
 def claim(config: Config, facts: dict[str, Any]) -> None:

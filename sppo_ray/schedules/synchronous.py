@@ -29,7 +29,7 @@ async def run(system: System, slices: Sequence[Sequence[Prompt]], config: Config
         summary = await system.buffer.seal(t, [prompt.prompt_id for prompt in slices[t - 1]])
         watch.sealed(summary)
         await system.rollout.sleep()
-        trained = await system.learner.trained(t)
+        trained = await system.learner.train(t)
         watch.trained(trained)
         await system.rollout.load(trained.version)
         await system.evaluator.evaluate(t)

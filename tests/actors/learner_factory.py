@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sppo_ray.config import Config
+from sppo_ray.errors import LearnerError
 from sppo_ray.layout import Assignment
 from sppo_ray.tiny.models import build_policy_tokenizer
 from sppo_ray.types import (
@@ -126,6 +127,7 @@ class ScriptedBuffer:
     def __init__(self, policy: str, fail_at: int | None = None, poison: bool = False) -> None:
         self.policy, self.fail_at, self.poison = policy, fail_at, poison
         self.asked: list[int] = []
+        self.gave_up = ""
         self.references: dict[int, Any] = {}
         self.steps: list[dict[str, Any]] = []
         self.done: list[TrainedIteration] = []
@@ -159,10 +161,15 @@ class ScriptedBuffer:
     async def saved(self, trained: TrainedIteration) -> None:
         self.done.append(trained)
 
-    async def trained(self, iteration: int) -> TrainedIteration:
+    async def train(self, iteration: int) -> TrainedIteration:
         while len(self.done) < iteration:
+            if self.gave_up:
+                raise LearnerError(self.gave_up)
             await asyncio.sleep(0.05)
         return self.done[iteration - 1]
+
+    async def give_up(self, reason: str) -> None:
+        self.gave_up = reason
 
     async def seen(self) -> tuple[list[int], list[dict[str, Any]]]:
         return self.asked, self.steps

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -161,8 +162,6 @@ one = RoleLayout(workers=1, gpus=0, cpus=0.1)
 train(config, Layout("colocated", one, one, one, 1, 0), preflight(config), Console())
 """
     run_dir = tmp_path / "turns"
-    run_dir.mkdir()
-    (run_dir / "manifest.json").write_text("{}")
     arguments = [*train(run_dir)[3:], "evaluation.prompts=null"]
     process = subprocess.run(
         [sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
@@ -227,24 +226,44 @@ def head(tmp_path_factory):
         child.kill()
 
 
-def test_an_interrupted_run_goes_on_as_a_ray_job_and_ends_the_same(whole, interrupted, head):
+def submit(head, run_dir: Path, *options: str, overrides: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     address, env = head
-    sampled_before = len(list((interrupted / "iter_2/ledger").glob("shard-*.parquet")))
-    assert sampled_before > 0
-    job = subprocess.run(
+    ray = str(Path(sys.executable).parent / "ray")
+    return subprocess.run(
         [
-            str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", address, "--working-dir", str(ROOT),
-            "--", "python", "scripts/train.py", *train(interrupted)[1:], "rollout.num_workers=2", "judge.num_workers=2",
+            ray, "job", "submit", "--address", address, "--working-dir", str(ROOT),
+            "--runtime-env", str(ROOT / "configs/ray/runtime_env.yaml"), *options,
+            "--", "python", "scripts/train.py", *train(run_dir)[1:], *overrides,
         ],
         env=env, cwd="/", capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
+
+
+def test_a_stopped_job_leaves_no_actor_and_a_resumable_run(interrupted, head):
+    address, env = head
+    before = len(list((interrupted / "iter_2/ledger").glob("shard-*.parquet")))
+    assert before > 0
+    assert submit(head, interrupted, "--no-wait", "--submission-id", "to-stop").returncode == 0
+    wait_for(lambda: json.loads((interrupted / "manifest.json").read_text()).get("resumed"))
+    wait_for(lambda: "rollout-0" in {a["name"] for a in actors(address, env) if a["state"] == "ALIVE"})
+    stop = [str(Path(sys.executable).parent / "ray"), "job", "stop", "--address", address, "to-stop"]
+    subprocess.run(stop, env=env, capture_output=True, timeout=60, check=True)
+    wait_for(lambda: not [a for a in actors(address, env) if a["state"] == "ALIVE"], timeout=60)
+    assert json.loads((interrupted / "manifest.json").read_text())["status"] == "interrupted"
+
+
+def test_an_interrupted_run_goes_on_as_a_ray_job_and_ends_the_same(whole, interrupted, head):
+    address, env = head
+    job = submit(head, interrupted, overrides=("rollout.num_workers=2", "judge.num_workers=2"))
     assert job.returncode == 0, job.stdout + job.stderr
     assert "going on after iteration 1" in job.stdout
     assert "already in the ledger" in job.stdout
-    named = {actor["name"]: actor["repr_name"] for actor in actors(address, env) if actor["name"]}
+    namespace = re.search(r"namespace (\S+)\)", job.stdout).group(1)
+    named = {a["name"]: a["repr_name"] for a in actors(address, env) if a["ray_namespace"] == namespace}
     assert named["rollout-0"] == "RolloutWorker(rollout-0, cpu, v1)"
     assert named["judge-0"] == "JudgeWorker(judge-0, cpu)"
-    assert {"buffer", "weights"} <= set(named)
+    assert named["learner"] == "LearnerActor(learner, 1 ranks on cpu)"
+    assert {"buffer", "weights", "rollout-1", "judge-1"} <= set(named)
     for t in (1, 2):
         for name in ("generated", "train", "reference"):
             one, other = (pq.read_table(folder / f"iter_{t}/{name}.parquet") for folder in (whole[0], interrupted))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
@@ -18,10 +17,11 @@ from learner_factory import SCRIPT_SIZES, config_for, examples, tasks, write_tin
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.learner import LearnerProcess
+from actors.learner import LearnerActor, LearnerProcess
 from actors.process import environment
 from actors.weights import WeightsHub
-from sppo_ray.errors import WorkerFailed
+from sppo_ray.config import Config
+from sppo_ray.errors import LearnerError, WorkerFailed
 from sppo_ray.layout import Layout, RoleLayout
 from sppo_ray.logprobs import PolicyLogps
 from sppo_ray.types import TrainedIteration
@@ -209,10 +209,10 @@ async def test_two_iterations_with_a_restart_within_the_second(
     config = config_for(tmp_path, outcome.policy, num_workers=2, checkpoint_every=1, max_restarts=1)
     buffer = scripted_buffer(outcome.policy, fail_at=3)
     hub = ray.remote(WeightsHub).options(num_cpus=0).remote(config)
-    learner = LearnerProcess(config, LAYOUT, buffer, hub)
-    first = await learner.trained(1)
+    learner = start(config, buffer, hub)
+    first = await learner.train(1)
     assert (first.iteration, first.version, first.step) == (1, 1, 2)
-    second = await learner.trained(2)
+    second = await learner.train(2)
     assert (second.iteration, second.version, second.step) == (2, 2, 4)
 
     saved = load_file(Path(second.policy_dir) / "model.safetensors")
@@ -220,7 +220,7 @@ async def test_two_iterations_with_a_restart_within_the_second(
     await assert_published(hub, second, saved)
     assert_loads(Path(second.policy_dir), outcome.policy, saved)
 
-    await asyncio.to_thread(learner.join, 60)
+    await learner.join(60)
     asked, steps = await buffer.seen.remote()
     assert asked == [0, 0, 1, 2, 2, 2, 3, 3, 4, 4]  # after the failure at 3 it went on from 3, not from 2
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
@@ -257,12 +257,29 @@ def assert_loads(folder: Path, start: Path, saved: Weights) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["policy"]
 
 
-async def test_the_driver_is_told_what_went_wrong(ray_local: None, outcome: Outcome, tmp_path: Path) -> None:
-    """The rank's own error comes first: name, traceback, prompt id."""
-    config = config_for(tmp_path, outcome.policy, num_workers=2, max_restarts=0)
+async def test_a_loss_that_is_not_finite_ends_the_run_at_once(
+    ray_local: None, outcome: Outcome, tmp_path: Path
+) -> None:
+    """It would come again: Ray Train's restarts are for what is lost, not for what is wrong."""
+    config = config_for(tmp_path, outcome.policy, num_workers=2, max_restarts=2)
     buffer = scripted_buffer(outcome.policy, poison=True)
-    learner = LearnerProcess(config, LAYOUT, buffer, ray.remote(WeightsHub).options(num_cpus=0).remote(config))
-    with pytest.raises(WorkerFailed, match=r"^learner-\d") as caught:
-        await learner.trained(1)
-    assert "the-bad-one" in str(caught.value)
-    assert "LearnerError" in str(caught.value)
+    learner = start(config, buffer, ray.remote(WeightsHub).options(num_cpus=0).remote(config))
+    with pytest.raises(LearnerError, match=r"^learner-0: .*the-bad-one"):
+        await learner.train(1)
+    asked, _ = await buffer.seen.remote()
+    assert asked == [0, 0]  # the reference, then the poisoned batch, and no second attempt
+
+
+async def test_the_driver_is_told_what_went_wrong(ray_local: None, outcome: Outcome, tmp_path: Path) -> None:
+    """The rank's own error comes first: name, traceback."""
+    config = config_for(tmp_path, outcome.policy, num_workers=2, max_restarts=0)
+    learner = start(config, scripted_buffer(outcome.policy, fail_at=0), None)
+    with pytest.raises(WorkerFailed, match=r"^learner-0") as caught:
+        await learner.train(1)
+    assert "the script says: fail once" in str(caught.value)
+    assert "_loop" in str(caught.value)
+
+
+def start(config: Config, buffer: Any, hub: Any) -> LearnerProcess:
+    actor = ray.remote(LearnerActor).options(num_cpus=0).remote(config, LAYOUT, buffer, hub)
+    return LearnerProcess(actor, buffer)

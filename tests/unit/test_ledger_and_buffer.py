@@ -100,6 +100,8 @@ def test_tasks_of_an_iteration_in_order(tmp_path):
     buffer = filled(cfg)
     assert buffer.next_task(0) is None
     assert buffer.seal(1, NAMES).steps == 6
+    assert buffer.next_task(0) is None  # sealed, but the schedule has not released it
+    buffer.release(1)
     reference = buffer.next_task(0)
     assert isinstance(reference, ReferenceTask)
     assert [e.prompt_id for e in reference.examples] == NAMES
@@ -123,6 +125,9 @@ def test_the_same_step_gives_the_same_rows_after_a_restart(tmp_path):
     buffer.seal(1, NAMES)
     buffer.record_reference(1, logps(10))
     again = TrainingBuffer(cfg)
+    assert again.next_task(0) is None  # a restart takes the release back
+    for one in (buffer, again):
+        one.release(1)
     for step in (2, 0, 1):
         one, other = buffer.next_task(step), again.next_task(step)
         assert isinstance(one, TrainTask)
@@ -144,6 +149,7 @@ def test_steps_and_resume_point_go_on_over_iterations(tmp_path):
     assert again.next_task(3) is None
     again.add([judged(name, 2, version=1) for name in NAMES])
     again.seal(2, NAMES)
+    again.release(2)
     again.record_reference(2, logps(10))
     task = again.next_task(4)
     assert (task.iteration, task.step_in_iteration, math.isclose(task.steps_per_epoch, 3)) == (2, 1, True)
@@ -168,6 +174,15 @@ def test_summary_counts(tmp_path):
     summary = buffer.seal(1, ["p0"])
     assert (summary.groups, summary.identical_groups, summary.empty_responses, summary.steps) == (1, 1, 5, 1)
     assert (summary.order_inconsistency, summary.cycle_rate) == (1.0, 0.0)
+
+
+def test_what_a_killed_writer_left_does_not_stop_the_sealing(tmp_path):
+    buffer = filled(config(tmp_path))
+    (tmp_path / "iter_1/ledger/.shard-000001.parquet.123.tmp").write_bytes(b"half")
+    buffer.seal(1, NAMES)
+    buffer.release(1)
+    assert isinstance(buffer.next_task(0), ReferenceTask)
+    assert not (tmp_path / "iter_1/ledger").exists()
 
 
 def test_ledger_of_an_empty_folder(tmp_path):

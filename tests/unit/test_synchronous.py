@@ -26,9 +26,12 @@ class Fakes:
         self.version = done.version if done else 0
         self.weights = float(done.checksum) if done else 0.0
         self.in_flight = self.most_in_flight = 0
+        self.asleep = False
         self.system = System(self, self, self, self, self)
 
     async def generate(self, one, sampling, iteration):
+        assert not self.asleep
+        assert self.store.next_task(self.store.resume_point().step) is None  # nothing for the learner meanwhile
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         await asyncio.sleep(self.rng.random() / 1000)
@@ -55,8 +58,11 @@ class Fakes:
 
     async def sleep(self):
         self.log.append(("sleep",))
+        self.asleep = True
 
-    async def trained(self, iteration):
+    async def train(self, iteration):
+        assert self.asleep  # on shared GPUs the two never hold the device together
+        self.store.release(iteration)
         step = self.store.resume_point().step
         while True:
             match self.store.next_task(step):
@@ -72,7 +78,7 @@ class Fakes:
                     return done
 
     async def load(self, version):
-        self.version = version
+        self.version, self.asleep = version, False
         self.log.append(("load", version))
 
     async def evaluate(self, iteration):
