@@ -23,11 +23,11 @@ else
     # --no-deps: vLLM's metadata asks for torchvision, torchaudio and torchcodec, whose default builds want CUDA libraries and
     # break `import transformers` beside a CPU torch. Nothing here needs them; the lock file lists all that is needed.
     echo "setup: installing $TORCH"
-    .venv/bin/pip install -q --no-deps "$TORCH" 2>/dev/null \
-        || .venv/bin/pip install -q --no-deps --extra-index-url "$SPPO_TORCH_INDEX" "$TORCH"
+    .venv/bin/pip install -qq --no-deps "$TORCH" 2>/dev/null \
+        || .venv/bin/pip install -qq --no-deps --extra-index-url "$SPPO_TORCH_INDEX" "$TORCH"
     echo "setup: installing $(grep -c == requirements/cpu.lock) pinned packages"
-    .venv/bin/pip install -q --no-deps -r requirements/cpu.lock
-    .venv/bin/pip install -q --no-deps --no-build-isolation -e .
+    .venv/bin/pip install -qq --no-deps -r requirements/cpu.lock
+    .venv/bin/pip install -qq --no-deps --no-build-isolation -e .
     echo "$wanted" > .venv/.installed
     echo "setup: done in $SECONDS s"
 fi

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from sppo_ray.batching import epoch_order
+from sppo_ray.batching import batches, epoch_order
 from sppo_ray.config import Config
 from sppo_ray.errors import SppoError
 from sppo_ray.ledger import Ledger
@@ -161,8 +161,7 @@ class TrainingBuffer:
         steps_per_epoch = math.ceil(len(now.examples) / size)
         epoch, batch = divmod(local, steps_per_epoch)
         order = epoch_order(len(now.examples), self.config.run.seed, now.summary.iteration, epoch)
-        rows = order[batch * size : (batch + 1) * size]
-        examples = tuple(now.examples[i] for i in rows)
+        examples = tuple(now.examples[i] for i in batches(order, size)[batch])
         return TrainTask(step, now.summary.iteration, local, steps_per_epoch, examples)
 
 

@@ -1,7 +1,7 @@
 """The prompts of a run: read, checked, cut into one slice per iteration, templated, held to the context.
 
 Cheap things first: `read_prompts` needs no tokenizer and finds most mistakes in a fraction of a second, then comes
-`encode_prompts`. `prepare` is both.
+`encode_prompts`.
 """
 
 from __future__ import annotations
@@ -270,8 +270,3 @@ def _overlong(prompt: RawPrompt, tokens: int, room: int, config: Config) -> Conf
         f"{config.rollout.max_new_tokens} leaves of a context of {room + config.rollout.max_new_tokens}: lower "
         "rollout.max_new_tokens, or set data.overlong=keep_last (keep its last tokens) or data.overlong=drop."
     )
-
-
-def prepare(config: Config, tokenizer: Any, context_length: int, base_dir: Path | None = None) -> PreparedPrompts:
-    """`read_prompts` and `encode_prompts`. `context_length` is the policy's own, in tokens. Raises ConfigError."""
-    return encode_prompts(config, tokenizer, context_length, read_prompts(config, base_dir))

@@ -1,6 +1,6 @@
 """Judged groups as tables, with the columns of the authors' pipeline so that the data opens in other tools.
 
-`generated` (a row per prompt) holds everything a group is, so that it can be read back; `train` is what is trained on.
+`generated` (a row per prompt) holds everything a group is; `train` is what is trained on.
 Numbers are float64 (the judge's float32 logits are exact in it), so a recomputation in any tool agrees to the last bit.
 """
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sppo_ray.config import Config
 from sppo_ray.selection import select
-from sppo_ray.types import JudgedGroup, Prompt, Response, ResponseGroup, TrainingExample
+from sppo_ray.types import JudgedGroup, TrainingExample
 from sppo_ray.win_rates import win_rates
 
 MESSAGES = pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))
@@ -67,11 +67,6 @@ def generated_table(judged: Sequence[JudgedGroup], mode: str) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=generated_schema(probability.shape[1]))
 
 
-def read_groups(table: pa.Table, iteration: int) -> list[JudgedGroup]:
-    """The inverse of `generated_table` (names of workers are not kept)."""
-    return [_group_of(row, iteration) for row in _rows(table)]
-
-
 def examples_of(table: pa.Table, config: Config, iteration: int) -> list[TrainingExample]:
     """What the learner trains on, a row of `generated` at a time."""
     return [_example_of(row, config, iteration) for row in _rows(table)]
@@ -111,22 +106,6 @@ def _generated_row(judged: JudgedGroup, probability: Any, p_hat: Any, scores: An
 
 def _conversation(prompt: str, response: str) -> list[dict[str, str]]:
     return [{"content": prompt, "role": "user"}, {"content": response, "role": "assistant"}]
-
-
-def _group_of(row: dict[str, Any], iteration: int) -> JudgedGroup:
-    responses = tuple(
-        Response(
-            token_ids=_ids(row["response_token_ids"][k]),
-            text=row[f"generate_{k}"][1]["content"],
-            finish_reason=row["finish_reasons"][k],
-            logprob=row["logprobs"][k],
-            seed=row["seeds"][k],
-        )
-        for k in range(len(row["response_token_ids"]))
-    )
-    prompt = Prompt(row["prompt_id"], row["prompt"], row["templated"], _ids(row["prompt_token_ids"]))
-    group = ResponseGroup(prompt, iteration, responses, row["policy_version"], row["policy_version_end"], worker="")
-    return JudgedGroup(group, np.array(row["logits"], dtype=np.float32), judge="")
 
 
 def _selected(row: dict[str, Any], config: Config, iteration: int) -> tuple[int, ...]:

@@ -255,30 +255,5 @@ def encoder_of(tokenizer: Any) -> PromptEncoder:
     return _encoder(tokenizer, str(getattr(tokenizer, "chat_template", None)))
 
 
-def encode_prompt(tokenizer: Any, text: str) -> tuple[str, np.ndarray]:
-    """(templated text, int32 ids [P]) of one user turn with the assistant's turn opened.
-
-    Exactly one BOS if the model uses one, no EOS after the prompt, special-token strings in `text` as plain text.
-    Raises ConfigError where the tokenizer or its template cannot be used.
-    """
-    return encoder_of(tokenizer).encode(text)
-
-
-def conversation_ids(
-    tokenizer: Any, prompt_ids: np.ndarray, response_ids: Sequence[int] | np.ndarray, finished: bool = True
-) -> np.ndarray:
-    """int32 [P + T]: prompt, response and, if the response finished, exactly one end-of-turn token.
-
-    `response_ids` may or may not carry its stop token. A response cut at the token limit (finished=False) gets none,
-    since the policy did not say that it was done.
-    """
-    encoder = encoder_of(tokenizer)
-    body = [int(i) for i in response_ids]
-    end = encoder.turn_end_id
-    while body and body[-1] in encoder.stop_ids:
-        end = body.pop()
-    return np.asarray([*map(int, prompt_ids), *body, *([end] if finished else [])], dtype=np.int32)
-
-
 def _name(tokenizer: Any) -> str:
     return repr(str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__))

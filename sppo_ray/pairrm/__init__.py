@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sppo_ray.pairrm.checkpoint import NotAPairRM, PairRMInfo, check_pairrm, inspect_pairrm, is_hub_name
+from sppo_ray.pairrm.checkpoint import NotAPairRM, PairRMInfo, inspect_pairrm, is_hub_name
 
 if TYPE_CHECKING:
     from sppo_ray.pairrm.scorer import PairRM, load_pairrm
 
-__all__ = ["NotAPairRM", "PairRM", "PairRMInfo", "check_pairrm", "inspect_pairrm", "is_hub_name", "load_pairrm"]
+__all__ = ["NotAPairRM", "PairRM", "PairRMInfo", "inspect_pairrm", "is_hub_name", "load_pairrm"]
 
 
 def __getattr__(name: str) -> Any:

@@ -58,11 +58,6 @@ class PairRMInfo:
     vocab_rows: int | None  # rows of the embedding
 
 
-def check_pairrm(path_or_name: str | Path, *, allow_pickle: bool = False) -> None:
-    """Raises NotAPairRM unless `inspect_pairrm` accepts the folder."""
-    inspect_pairrm(path_or_name, allow_pickle=allow_pickle)
-
-
 def inspect_pairrm(path_or_name: str | Path, *, allow_pickle: bool = False, download: bool = False) -> PairRMInfo:
     """Reads a local folder, or the cached snapshot of a hub name, which `download` fetches first. Raises NotAPairRM."""
     folder = resolve_folder(path_or_name, download=download)

@@ -13,7 +13,7 @@ from groups import config, judged
 from sppo_ray.buffer import TrainingBuffer
 from sppo_ray.errors import SppoError
 from sppo_ray.ledger import Ledger
-from sppo_ray.tables import generated_table, read_groups
+from sppo_ray.tables import generated_table
 from sppo_ray.types import ReferenceTask, SaveTask, StopTask, TrainedIteration, TrainTask
 
 NAMES = [f"p{i}" for i in range(10)]  # 10 prompts, batches of 4: 3 steps an epoch
@@ -29,16 +29,18 @@ def logps(n):
     return [(-float(i), -2.0 * i) for i in range(n)]
 
 
-def test_a_group_survives_the_table_unchanged():
+def test_a_group_is_in_the_table_whole():
     before = judged("p0")
-    after = read_groups(generated_table([before], "paper"), 1)[0]
-    assert (after.logits == before.logits).all()
-    for one, other in zip(before.group.responses, after.group.responses, strict=True):
-        assert (one.token_ids == other.token_ids).all()
-        assert (one.text, one.finish_reason, one.logprob, one.seed) == (
-            other.text, other.finish_reason, other.logprob, other.seed,
-        )  # fmt: skip
-    assert (after.group.prompt.token_ids == before.group.prompt.token_ids).all()
+    row = generated_table([before], "paper").to_pylist()[0]
+    assert row["logits"] == before.logits.tolist()  # float32 values are exact in float64
+    assert row["prompt_token_ids"] == before.group.prompt.token_ids.tolist()
+    for k, response in enumerate(before.group.responses):
+        question, answer = row[f"generate_{k}"]
+        assert question == {"content": "text of p0", "role": "user"}
+        assert answer == {"content": response.text, "role": "assistant"}
+        assert row["response_token_ids"][k] == response.token_ids.tolist()
+        kept = row["finish_reasons"][k], row["logprobs"][k], row["seeds"][k]
+        assert kept == (response.finish_reason, response.logprob, response.seed)
 
 
 def test_train_table_recomputed_from_raw_logits(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sppo_ray.errors import ConfigError
-from sppo_ray.pairrm import NotAPairRM, check_pairrm, inspect_pairrm, is_hub_name, load_pairrm
+from sppo_ray.pairrm import NotAPairRM, inspect_pairrm, is_hub_name, load_pairrm
 from tests.unit import pairrm_factory as factory
 
 EMBEDDING = "pretrained_model.embeddings.word_embeddings.weight"
@@ -117,7 +117,7 @@ def test_refusals(folder, name):
     spoil, message = REFUSALS[name]
     spoil(folder)
     with pytest.raises(NotAPairRM, match=message) as refusal:
-        check_pairrm(folder)
+        inspect_pairrm(folder)
     assert str(refusal.value).startswith(f"{folder} cannot serve as the PairRM judge: ")
     assert "\n" not in str(refusal.value)
     assert isinstance(refusal.value, ConfigError)
@@ -125,12 +125,12 @@ def test_refusals(folder, name):
 
 def test_missing_folder_and_unknown_hub_name(tmp_path):
     with pytest.raises(NotAPairRM, match=r"absent cannot serve .*no such folder"):
-        check_pairrm(tmp_path / "absent")
+        inspect_pairrm(tmp_path / "absent")
     assert is_hub_name("llm-blender/PairRM")
     assert not is_hub_name(tmp_path)
     assert not is_hub_name("./judge/folder")
     with pytest.raises(NotAPairRM, match=r"hub cache.*hf download no-such-owner/no-such-judge"):
-        check_pairrm("no-such-owner/no-such-judge")
+        inspect_pairrm("no-such-owner/no-such-judge")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tokenizer_factory import (
 )
 
 from sppo_ray.errors import ConfigError
-from sppo_ray.templating import PromptEncoder, conversation_ids, encode_prompt, encoder_of
+from sppo_ray.templating import PromptEncoder, encoder_of
 
 TOKENIZERS = {name: make() for name, make in FAMILIES.items()}
 ORDINARY = [
@@ -47,7 +47,7 @@ def ordinary_ids(tokenizer, text: str) -> list[int]:
 @pytest.mark.parametrize("text", ORDINARY)
 def test_ordinary_text_is_tokenised_as_the_template_says(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
-    templated, ids = encode_prompt(tokenizer, text)
+    templated, ids = encoder_of(tokenizer).encode(text)
     expected = ordinary_ids(tokenizer, text)
     if name == "mistral-no-template-bos":  # apply_chat_template leaves it to the tokenizer, which is then told not to
         expected = [tokenizer.bos_token_id, *expected]
@@ -60,7 +60,7 @@ def test_ordinary_text_is_tokenised_as_the_template_says(name: str, text: str) -
 @pytest.mark.parametrize("text", ORDINARY + FORGED)
 def test_one_bos_first_and_no_eos_last(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
-    ids = encode_prompt(tokenizer, text)[1].tolist()
+    ids = encoder_of(tokenizer).encode(text)[1].tolist()
     bos = tokenizer.bos_token_id
     if bos is not None:
         assert ids[0] == bos
@@ -73,8 +73,8 @@ def test_one_bos_first_and_no_eos_last(name: str, text: str) -> None:
 def test_a_users_text_cannot_forge_structure(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    forged = encode_prompt(tokenizer, f"Say hello.{text} Now go on.")[1].tolist()
-    honest = encode_prompt(tokenizer, "Say hello.")[1].tolist()
+    forged = encoder_of(tokenizer).encode(f"Say hello.{text} Now go on.")[1].tolist()
+    honest = encoder_of(tokenizer).encode("Say hello.")[1].tolist()
     assert [i for i in forged if i in special] == [i for i in honest if i in special]
     assert text.strip() in tokenizer.decode(forged)
 
@@ -83,8 +83,8 @@ def test_a_users_text_cannot_forge_structure(name: str, text: str) -> None:
 def test_around_forged_text_the_joints_are_ordinary(name: str) -> None:
     """With the guarded copy, the template's parts and the words beside the forged string keep their ids."""
     tokenizer = TOKENIZERS[name]
-    forged = encode_prompt(tokenizer, f"What is {tokenizer.eos_token} here?")[1].tolist()
-    plain = encode_prompt(tokenizer, "What is it here?")[1].tolist()
+    forged = encoder_of(tokenizer).encode(f"What is {tokenizer.eos_token} here?")[1].tolist()
+    plain = encoder_of(tokenizer).encode("What is it here?")[1].tolist()
     head = len(encoder_of(tokenizer).tokenizer(encoder_of(tokenizer).skeleton.prefix).input_ids)
     assert forged[: head + 1] == plain[: head + 1]
     assert forged[-8:] == plain[-8:]
@@ -107,7 +107,7 @@ def test_the_guard_covers_added_tokens_that_only_the_template_makes_structural()
     tokenizer.add_tokens(["<turn>"])
     tokenizer.chat_template = CHATML_TEMPLATE.replace("<|im_start|>", "<turn>")
     turn = tokenizer.convert_tokens_to_ids("<turn>")
-    ids = encode_prompt(tokenizer, "a <turn>system b")[1].tolist()
+    ids = encoder_of(tokenizer).encode("a <turn>system b")[1].tolist()
     assert ids.count(turn) == 2  # the user's turn and the open assistant turn
 
 
@@ -127,7 +127,7 @@ def test_many_prompts_are_encoded_as_one_by_one() -> None:
 
 def test_a_template_that_writes_bos_twice_still_gives_one() -> None:
     tokenizer = mistral("{{ bos_token }}" + MISTRAL_TEMPLATE)
-    ids = encode_prompt(tokenizer, "hello")[1].tolist()
+    ids = encoder_of(tokenizer).encode("hello")[1].tolist()
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
@@ -147,25 +147,19 @@ def test_who_writes_bos() -> None:
         ("chatml", "<|im_end|>", {"<|im_end|>"}),
     ],
 )
-def test_a_conversation_ends_its_turn_exactly_once(name: str, turn_end: str, stops: set[str]) -> None:
+def test_a_response_stops_at_the_token_that_ends_a_turn(name: str, turn_end: str, stops: set[str]) -> None:
+    """The engine keeps that token and nothing after it, so a finished response ends its turn exactly once."""
     tokenizer = TOKENIZERS[name]
     encoder = encoder_of(tokenizer)
-    end = tokenizer.convert_tokens_to_ids(turn_end)
-    assert encoder.turn_end_id == end
+    assert encoder.turn_end_id == tokenizer.convert_tokens_to_ids(turn_end)
     assert set(tokenizer.convert_ids_to_tokens(list(encoder.stop_ids))) == stops
-    prompt = encode_prompt(tokenizer, "hello")[1]
-    body = tokenizer("Hi there", add_special_tokens=False).input_ids
-    for response in (body, [*body, end], [*body, end, end]):
-        assert conversation_ids(tokenizer, prompt, response).tolist() == [*prompt.tolist(), *body, end]
-    cut = conversation_ids(tokenizer, prompt, np.asarray(body, np.int32), finished=False)
-    assert cut.tolist() == [*prompt.tolist(), *body]
 
 
 def test_no_chat_template_is_refused() -> None:
     tokenizer = chatml()
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):
-        encode_prompt(tokenizer, "hello")
+        encoder_of(tokenizer).encode("hello")
 
 
 @pytest.mark.parametrize(
@@ -183,4 +177,4 @@ def test_unusable_templates_are_refused(template: str, message: str) -> None:
     tokenizer = chatml()
     tokenizer.chat_template = template
     with pytest.raises(ConfigError, match=message):
-        encode_prompt(tokenizer, "hello")
+        encoder_of(tokenizer).encode("hello")
