@@ -60,24 +60,26 @@ class HeldOutEvaluator:
         self.fetch, self.record, self.oracle = fetch, record, oracle
 
     async def evaluate(self, iteration: int) -> None:
+        """Policy `iteration` must be the one that is served."""
         if not self.prompts:
             return
-        responses = await self._responses(iteration)
+        if not self._path(iteration).exists():
+            rows = await asyncio.gather(*(self._sample(prompt, iteration) for prompt in self.prompts))
+            with whole_file(self._path(iteration)) as temporary:
+                pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)
+        responses = self._read(iteration)
         figures = summarise(responses, self.oracle)
         if iteration > 0:
             for name, against in (("base", 0), ("previous", iteration - 1)):
-                figures |= await self._win_rates(responses, await self._responses(against), name)
+                figures |= await self._win_rates(responses, self._read(against), name)
         await self.record({"event": "evaluation", "iteration": iteration, "prompts": len(responses), **figures})
 
-    async def _responses(self, iteration: int) -> list[dict[str, Any]]:
-        """The responses of policy `iteration`: from disk, or sampled from the served policy, which must be that one."""
-        path = Path(self.config.run.dir) / f"iter_{iteration}" / "evaluation.parquet"
-        if not path.exists():
-            rows = await asyncio.gather(*(self._sample(prompt, iteration) for prompt in self.prompts))
-            with whole_file(path) as temporary:
-                pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)
-        rows = pq.read_table(path).to_pylist()
-        return rows
+    def _path(self, iteration: int) -> Path:
+        return Path(self.config.run.dir) / f"iter_{iteration}" / "evaluation.parquet"
+
+    def _read(self, iteration: int) -> list[dict[str, Any]]:
+        """The responses of policy `iteration`, sampled when it was served."""
+        return pq.read_table(self._path(iteration)).to_pylist()
 
     async def _sample(self, prompt: Prompt, iteration: int) -> dict[str, Any]:
         rollout = self.config.rollout
