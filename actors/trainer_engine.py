@@ -24,7 +24,7 @@ from actors.ranks import Ranks
 from actors.trainer_setup import GradNorm, build_optimizer, deepspeed_config, load_policy
 from sppo_ray.batching import PADDING, MicroBatch, collate, projection_chunks, split, truncate
 from sppo_ray.config import Config
-from sppo_ray.errors import ConfigError, LearnerError
+from sppo_ray.errors import LearnerError
 from sppo_ray.losses import LOSSES, winner_and_loser
 from sppo_ray.lr_schedule import learning_rate
 from sppo_ray.types import TrainingExample, TrainTask
@@ -36,12 +36,7 @@ class TrainingEngine:
     """One rank's share of the learner. Needs torch.distributed to be initialised."""
 
     def __init__(self, config: Config, policy_dir: str, ranks: Ranks, takes_turns: bool = False) -> None:
-        """takes_turns: rollouts use the same GPU, so `offload` must free it."""
-        if takes_turns and config.learner.zero_stage != 3:
-            raise ConfigError(
-                f"learner.zero_stage={config.learner.zero_stage} cannot free the GPU for the rollouts that share it "
-                "(cluster.layout=colocated): set learner.zero_stage=3, or cluster.layout=disaggregated."
-            )
+        """takes_turns: rollouts use the same GPU, so `offload` must free it (ZeRO-3: the layout sees to that)."""
         self.config = config
         self.ranks = ranks
         self.takes_turns = takes_turns
