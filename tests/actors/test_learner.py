@@ -277,7 +277,7 @@ async def test_the_driver_is_told_what_went_wrong(ray_local: None, outcome: Outc
     with pytest.raises(WorkerFailed, match=r"^learner-0") as caught:
         await learner.train(1)
     assert "the script says: fail once" in str(caught.value)
-    assert "_loop" in str(caught.value)
+    assert "in next_task" in str(caught.value)  # the traceback to the line that raised
 
 
 def start(config: Config, buffer: Any, hub: Any) -> LearnerProcess:
