@@ -86,7 +86,7 @@ async def test_the_least_loaded_worker_is_taken(config: Config, good: Any, hub: 
 
 
 async def test_an_error_begins_with_the_workers_name(config: Config, good: Any, hub: Any) -> None:
-    with pytest.raises(WorkerFailed, match="^good-0: ") as caught:
+    with pytest.raises(WorkerFailed, match=r"^good-0: ") as caught:
         await RolloutPool(config, {"good-0": good["good-0"]}, hub).generate(PROMPT, sampling(66), 1)
     assert str(caught.value) == "good-0: ValueError: prompt too long"
     assert "in generate" in caught.value.__notes__[0]  # the traceback inside the actor
