@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sppo_ray.atomic import sync
 from sppo_ray.weight_chunks import Checksum, pack
 
 SHARD_BYTES = 4 << 30
@@ -43,11 +44,11 @@ def write_policy(folder: Path, source: str, dtype: str, tensors: Iterable[tuple[
         _copy_small_files(Path(source), temporary, dtype)
         _write_shards(temporary, tensors)
         for path in temporary.iterdir():
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         shutil.rmtree(folder, ignore_errors=True)  # of a save that was interrupted before it was recorded
         temporary.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -119,11 +120,3 @@ def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> list[
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
