@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from vllm import RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
@@ -39,6 +40,7 @@ class RawOutput:
     text: str  # special tokens stripped
     finish_reason: str
     logprob: float  # nats, sum over T, full softmax at temperature 1
+    token_logprobs: np.ndarray  # float32 [T], its summands
     version: int  # of the weights
 
 
@@ -200,4 +202,7 @@ class VllmEngine(ABC):
 
 
 def _raw(output: Any, version: int) -> RawOutput:
-    return RawOutput(tuple(output.token_ids), output.text, output.finish_reason, output.cumulative_logprob, version)
+    tokens = tuple(output.token_ids)
+    each = [choices[token].logprob for token, choices in zip(tokens, output.logprobs, strict=True)]
+    logprobs = np.asarray(each, dtype=np.float32)
+    return RawOutput(tokens, output.text, output.finish_reason, output.cumulative_logprob, logprobs, version)

@@ -78,6 +78,7 @@ class RolloutWorker:
                 text=output.text,
                 finish_reason=self._finish_reason(output.finish_reason, prompt),
                 logprob=float(output.logprob),
+                token_logprobs=output.token_logprobs,
                 seed=seed,
             )
             for output, seed in zip(outputs, sampling.seeds, strict=True)

@@ -36,3 +36,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file that is appended to, one a line; a last line cut off by a crash is removed from it."""
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) != len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return [json.loads(line) for line in whole.splitlines()]

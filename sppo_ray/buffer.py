@@ -18,7 +18,7 @@ from sppo_ray.batching import batches, epoch_order
 from sppo_ray.config import Config
 from sppo_ray.errors import SppoError
 from sppo_ray.ledger import Ledger
-from sppo_ray.tables import examples_of
+from sppo_ray.tables import SealedRow, examples_of
 from sppo_ray.types import (
     JudgedGroup,
     LearnerTask,
@@ -87,7 +87,7 @@ class TrainingBuffer:
             return summary
         if iteration != self._next_iteration():
             raise SppoError(f"iteration {iteration} cannot be sealed: {self._next_iteration()} is the next to train")
-        table = self.ledger.seal(iteration, prompt_ids)
+        table = self.ledger.seal(iteration, [SealedRow(prompt_id) for prompt_id in prompt_ids])
         summary = summarise(table, iteration, self.config)
         self.ledger.mark_sealed(summary)
         self._open = self._slice(summary, table)

@@ -28,7 +28,15 @@ class Schedule(Section):
     mode: Literal["sync", "async"] = "sync"
     """sync: Algorithm 1 of the paper. async: rollouts and learner at once, bounded staleness."""
     iterations: int = Field(3, ge=1)
-    """Iterations t = 1..T of self-play."""
+    """Iterations t = 1..T of self-play: one slice of the prompts each."""
+    max_staleness: int = Field(1, ge=0)
+    """async: a group is trained on at most this many published versions after the one it was sampled from."""
+    batch_order: Literal["ready", "slice"] = "ready"
+    """async: ready cuts each batch from the groups that are finished, oldest first, and samples every epoch anew;
+    slice waits for the whole slice and takes sync's seeded order."""
+    max_resamples: int = Field(3, ge=0)
+    """async: times a prompt's group may be sampled again (too old, or aborted by a publish) before the run fails
+    (too old) or publishes wait for it (aborted)."""
 
 
 class Data(Section):
@@ -111,6 +119,19 @@ class Objective(Section):
     """sppo: the paper's squared loss. sppo_single: the authors' variant on the pair's own preference."""
     eta: float = Field(1000.0, gt=0)
     """1/beta: the target of a response is eta * (P_hat - 1/2) nats."""
+    reference: Literal["behavior", "snapshot"] | None = None
+    """Whose log-probabilities the loss compares with. behavior: the sampling policy's, as vLLM recorded them. snapshot:
+    a frozen copy's, computed in the learner. null: snapshot in sync (it is pi_t), behavior in async."""
+    snapshot_every: int | Literal["slice"] = "slice"
+    """snapshot in async: updates between refreshes of the frozen copy; slice: at the start of each slice."""
+    target_clip: float | None = Field(None, gt=0)
+    """Largest |target| in nats; null: none. See docs/async.md for when staleness makes it worth while."""
+    lag_discount: float = Field(1.0, gt=0, le=1)
+    """Weight of an example in the loss is lag_discount ** staleness; 1: all weigh the same."""
+    mismatch_groups: int = Field(4, ge=0)
+    """async: groups on which the engine's and the learner's log-probabilities are compared at each publish; 0: none."""
+    mismatch_alarm: float = Field(0.1, gt=0)
+    """Mean absolute difference per token (nats) above which the comparison is reported as an alarm."""
 
 
 class Learner(Section):
@@ -153,8 +174,17 @@ class Learner(Section):
 
 
 class Weights(Section):
-    channel: Literal["ray"] = "ray"
-    """How published weights reach the rollout workers: the object store."""
+    publish_every: int | Literal["slice"] | None = None
+    """Updates between publishes; slice: at the end of each slice only. null: slice in sync, 8 in async. The end of a
+    slice is always published."""
+    pause: Literal["finish", "keep", "abort"] = "finish"
+    """What a publish does with running requests. finish: they finish on the old version while new ones wait. keep: they
+    go on under the new weights (mixed groups, each token's version recorded). abort: they are sampled again."""
+    at_once: float = Field(0.34, gt=0, le=1)
+    """Share of the rollout workers (at least one) that take new weights at the same time; the others go on sampling."""
+    channel: Literal["ray", "disk", "nccl"] = "ray"
+    """How published weights reach the rollout workers. ray: the object store. disk: a folder in the run directory, on a
+    file system that all nodes share. nccl: GPU to GPU, through vLLM's packed NCCL transfer (disaggregated layout)."""
     chunk_mb: int = Field(512, ge=1)
     """Size of a packed chunk in MiB."""
     timeout_s: float = Field(600.0, gt=0)

@@ -23,3 +23,7 @@ class WeightSyncError(SppoError):
 
 class WorkerFailed(SppoError):
     """An actor died or raised; the message begins with the actor's name and its own error."""
+
+
+class GroupAborted(SppoError):
+    """A publish ended a group half-way (`weights.pause=abort`); it is to be sampled again."""

@@ -1,8 +1,9 @@
 """The durable record of a run: what was generated and judged, what was sealed, what was trained. What is left to do is
 derived from it.
 
-    iter_<t>/ledger/shard-<n>.parquet              judged groups as they came; atomic, every page with its checksum
-    iter_<t>/generated.parquet, train.parquet      the sealed slice, in the order of its prompts
+    iter_<t>/ledger/shard-<n>-<hash>.parquet       judged groups as they came; atomic, the hash is of the file's bytes
+    iter_<t>/batches.jsonl                         async: what each batch took, a line per update
+    iter_<t>/generated.parquet, train.parquet      the sealed slice, in the order of its prompts (or batches)
     iter_<t>/sealed.json                           written last: the slice is complete
     iter_<t>/reference.parquet                     reference log-probabilities of the slice
     iter_<t>/policy/, trained.json                 the policy it gave; trained.json is written last
@@ -19,12 +20,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
-from sppo_ray.atomic import whole_file, write_json
+from sppo_ray.atomic import read_whole_lines, sync, whole_file, write_json
 from sppo_ray.config import Config
 from sppo_ray.errors import SppoError
-from sppo_ray.tables import generated_table, train_table
-from sppo_ray.types import JudgedGroup, SliceSummary, TrainedIteration
+from sppo_ray.tables import SealedRow, generated_table, train_table
+from sppo_ray.types import CutBatch, JudgedGroup, SliceSummary, TrainedIteration
 
 log = logging.getLogger(__name__)
 
@@ -42,44 +44,70 @@ class Ledger:
 
     # Judged groups.
 
-    def append(self, iteration: int, judged: Sequence[JudgedGroup]) -> None:
-        """Write groups as one shard; they are durable when this returns."""
+    def append(self, iteration: int, judged: Sequence[JudgedGroup]) -> pa.Table:
+        """Write groups as one shard, which is returned; they are durable then."""
         folder = self.folder(iteration) / "ledger"
-        folder.mkdir(parents=True, exist_ok=True)
         if folder not in self._next_shard:
-            self._next_shard[folder] = 1 + max((int(p.stem.split("-")[1]) for p in folder.glob("shard-*")), default=-1)
+            self._next_shard[folder] = 1 + max((int(p.name.split("-")[1]) for p in folder.glob("shard-*")), default=-1)
         number = self._next_shard[folder]
-        _write(folder / f"shard-{number:06d}.parquet", generated_table(judged, self.config.judge.win_rates))
+        table = generated_table(judged, self.config.judge.win_rates)
+        content = _serialised(table)
+        with whole_file(folder / f"shard-{number:06d}-{_hash(content)}.parquet") as temporary:
+            temporary.write_bytes(content)
         self._next_shard[folder] = number + 1
+        return table
 
     def read(self, iteration: int) -> pa.Table | None:
-        """All judged groups of an unsealed iteration, each prompt once; None if there are none.
+        """All judged groups of an unsealed iteration, each (prompt, epoch) once, the newest; None if there are none.
 
-        A shard that cannot be read whole is set aside (renamed .corrupt) with a warning; its groups are made again.
+        A shard whose bytes are not what was written is set aside (renamed .corrupt) with a warning; its groups are made
+        again.
         """
         tables = []
         for path in sorted((self.folder(iteration) / "ledger").glob("shard-*.parquet")):
-            try:
-                tables.append(_read(path))
-            except (OSError, pa.ArrowInvalid) as error:
-                log.warning("ledger shard %s is damaged (%s); set aside, its groups will be made again", path, error)
+            content = path.read_bytes()
+            if _hash(content) == path.stem.split("-")[2]:
+                tables.append(pq.read_table(pa.BufferReader(content)))
+            else:
+                log.warning("ledger shard %s is damaged; set aside, its groups will be made again", path)
                 path.rename(path.with_suffix(".corrupt"))
-        return _first_of_each(pa.concat_tables(tables)) if tables else None
+        return _newest_of_each(pa.concat_tables(tables)) if tables else None
+
+    # Batches (async).
+
+    def append_batch(self, batch: CutBatch) -> None:
+        """Durable when this returns: a learner that restarts gets the same batch again."""
+        path = self._batches_path(batch.iteration)
+        new = not path.exists()
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(batch)) + "\n")
+        sync(path)
+        if new:
+            sync(path.parent)
+
+    def batches(self, iteration: int) -> list[CutBatch]:
+        """In order; a last line that a crash cut off is dropped, here and on disk."""
+        path = self._batches_path(iteration)
+        return [CutBatch.of(line) for line in read_whole_lines(path)] if path.exists() else []
+
+    def _batches_path(self, iteration: int) -> Path:
+        return self.folder(iteration) / "batches.jsonl"
 
     # Sealed slices.
 
-    def seal(self, iteration: int, prompt_ids: Sequence[str]) -> pa.Table:
-        """Write the slice's two tables in the order of prompt_ids; the shards stay as they are until `mark_sealed`."""
+    def seal(self, iteration: int, rows: Sequence[SealedRow]) -> pa.Table:
+        """Write the slice's two tables, a row for each of `rows`, in their order; the shards stay as they are until
+        `mark_sealed`. Raises SppoError if a group is missing."""
         table = self.read(iteration)
-        position = {} if table is None else {p: n for n, p in enumerate(table["prompt_id"].to_pylist())}
-        missing = [p for p in prompt_ids if p not in position]
+        position = {} if table is None else {key: n for n, key in enumerate(group_keys(table))}
+        missing = [row.prompt_id for row in rows if row.key not in position]
         if table is None or missing:
             raise SppoError(
                 f"iteration {iteration} cannot be sealed: {len(missing)} prompts have no group: {missing[:5]}"
             )
-        table = table.take([position[p] for p in prompt_ids])
-        for name, content in (("generated", table), ("train", train_table(table, self.config, iteration))):
-            _write(self.folder(iteration) / f"{name}.parquet", content)
+        table = table.take([position[row.key] for row in rows])
+        _write(self.folder(iteration) / "generated.parquet", table)
+        _write(self.folder(iteration) / "train.parquet", train_table(table, self.config, iteration, rows))
         return table
 
     def mark_sealed(self, summary: SliceSummary) -> None:
@@ -132,8 +160,22 @@ def _read(path: Path) -> pa.Table:
     return pq.read_table(path, page_checksum_verification=True)
 
 
-def _first_of_each(table: pa.Table) -> pa.Table:
-    seen: dict[str, int] = {}
-    for n, prompt_id in enumerate(table["prompt_id"].to_pylist()):
-        seen.setdefault(prompt_id, n)
-    return table if len(seen) == len(table) else table.take(list(seen.values()))
+def group_keys(table: pa.Table) -> list[tuple[str, int]]:
+    """(prompt id, epoch) of each row."""
+    return list(zip(table["prompt_id"].to_pylist(), table["epoch"].to_pylist(), strict=True))
+
+
+def _newest_of_each(table: pa.Table) -> pa.Table:
+    """A group that was sampled again, since it had become too old, stands for the one before."""
+    last = {key: n for n, key in enumerate(group_keys(table))}
+    return table if len(last) == len(table) else table.take(list(last.values()))
+
+
+def _serialised(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+def _hash(content: bytes) -> str:
+    return xxhash.xxh3_64_hexdigest(content)

@@ -6,11 +6,13 @@ move from rollout to judge to buffer without passing through the driver.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sppo_ray.types import Prompt, Receipt, Sampling, SliceSummary, TrainedIteration
+import numpy as np
+
+from sppo_ray.types import Prompt, Publication, Receipt, Sampling, SliceSummary, Ticket, TrainedIteration
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +26,30 @@ class Handle:
 class Rollout(Protocol):
     """The rollout workers as one."""
 
-    async def generate(self, prompt: Prompt, sampling: Sampling, iteration: int) -> Handle:
-        """Sample a group. Any worker gives the same tokens for the same weights and seeds."""
+    async def generate(
+        self, prompt: Prompt, sampling: Sampling, iteration: int, epoch: int = 0, protected: bool = False
+    ) -> Handle:
+        """Sample a group. Any worker gives the same tokens for the same weights and seeds.
+
+        Raises GroupAborted when a publish under `weights.pause=abort` ended it; never if `protected`.
+        """
         ...
 
     async def load(self, version: int) -> None:
-        """Serve the published weights `version`; raises WeightSyncError naming the worker that does not."""
+        """Serve the published weights `version`; raises WeightSyncError naming the worker that does not.
+
+        Workers that take turns with the learner all load at once; others a few at a time (`weights.at_once`), while the
+        rest goes on sampling.
+        """
+        ...
+
+    async def score(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
+        """float32 [T]: log pi(y_t | x, y_<t), nats, full softmax at temperature 1, under the weights served."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """Groups that may be in flight now: `rollout.in_flight` for each worker that is up."""
         ...
 
     async def sleep(self) -> None:
@@ -57,7 +77,30 @@ class Buffer(Protocol):
         ...
 
     async def seal(self, iteration: int, prompt_ids: Sequence[str]) -> SliceSummary:
-        """Write generated.parquet and train.parquet, in the order of prompt_ids."""
+        """Write generated.parquet and train.parquet, in the order of prompt_ids (ready order: of training)."""
+        ...
+
+    # Async only.
+
+    async def admit(self, room: int) -> Sequence[Ticket]:
+        """Waits until a group may be sampled without breaking the staleness bound: one to `room` tickets, oldest first.
+        None are left: an empty sequence, once every group of the run is on disk."""
+        ...
+
+    async def resample(self, ticket: Ticket) -> None:
+        """The ticket's group was aborted: it is handed out again, before newer ones."""
+        ...
+
+    async def collected(self, iteration: int) -> None:
+        """Waits until the iteration can be sealed: every group is on disk (ready order: and in a batch)."""
+        ...
+
+    async def publication(self, after: int) -> Publication:
+        """Waits for published weights newer than version `after`; the newest ones."""
+        ...
+
+    async def serving(self, publication: Publication, figures: Mapping[str, Any]) -> None:
+        """Every rollout worker serves these weights; `figures` of the update go into the metrics."""
         ...
 
 

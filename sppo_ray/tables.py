@@ -7,6 +7,7 @@ Numbers are float64 (the judge's float32 logits are exact in it), so a recomputa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from sppo_ray.config import Config
 from sppo_ray.selection import select
-from sppo_ray.types import JudgedGroup, TrainingExample
+from sppo_ray.types import JudgedGroup, ResponseGroup, TrainingExample
 from sppo_ray.win_rates import win_rates
 
 MESSAGES = pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))
@@ -37,6 +38,9 @@ def generated_schema(k: int) -> pa.Schema:
             ("prompt_token_ids", pa.list_(pa.int32())),
             ("response_token_ids", pa.list_(pa.list_(pa.int32()))),
             ("logprobs", pa.list_(pa.float64())),  # K, nats, under the sampling policy
+            ("token_logprobs", pa.list_(pa.list_(pa.float32()))),  # K x T, their summands
+            ("token_versions", pa.list_(pa.list_(pa.int32()))),  # K x T of a mixed group, else null
+            ("epoch", pa.int64()),  # pass over the slice; 0 where it is sampled once
             ("finish_reasons", pa.list_(pa.string())),
             ("seeds", pa.list_(pa.int64())),
         ]
@@ -55,6 +59,25 @@ TRAIN_SCHEMA = pa.schema(
         ("policy_version", pa.int64()),
     ]
 )
+CONSUMED = (  # columns that async adds
+    pa.field("epoch", pa.int64()),
+    pa.field("step", pa.int64()),  # the update that trained the row first, from 1 as in metrics.jsonl
+    pa.field("consumed_version", pa.int64()),  # of the learner when that batch was cut
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SealedRow:
+    """A row of the sealed tables, and in async what became of it."""
+
+    prompt_id: str
+    epoch: int = 0
+    step: int | None = None
+    consumed_version: int | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.prompt_id, self.epoch
 
 
 def generated_table(judged: Sequence[JudgedGroup], mode: str) -> pa.Table:
@@ -72,9 +95,13 @@ def examples_of(table: pa.Table, config: Config, iteration: int) -> list[Trainin
     return [_example_of(row, config, iteration) for row in _rows(table)]
 
 
-def train_table(table: pa.Table, config: Config, iteration: int) -> pa.Table:
-    """The reference pipeline's training columns, from a `generated` table, in its order."""
-    return pa.Table.from_pylist([_train_row(r, config, iteration) for r in _rows(table)], schema=TRAIN_SCHEMA)
+def train_table(table: pa.Table, config: Config, iteration: int, sealed: Sequence[SealedRow]) -> pa.Table:
+    """The reference pipeline's training columns, from a `generated` table, in its order; in async with CONSUMED."""
+    rows = pa.Table.from_pylist([_train_row(r, config, iteration) for r in _rows(table)], schema=TRAIN_SCHEMA)
+    if config.schedule.mode == "async":
+        for field in CONSUMED:
+            rows = rows.append_column(field, pa.array([getattr(row, field.name) for row in sealed], field.type))
+    return rows
 
 
 def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
@@ -99,9 +126,21 @@ def _generated_row(judged: JudgedGroup, probability: Any, p_hat: Any, scores: An
         "prompt_token_ids": prompt.token_ids.tolist(),
         "response_token_ids": [r.token_ids.tolist() for r in responses],
         "logprobs": [r.logprob for r in responses],
+        "token_logprobs": [r.token_logprobs.tolist() for r in responses],
+        "token_versions": _token_versions(group),
+        "epoch": group.epoch,
         "finish_reasons": [r.finish_reason for r in responses],
         "seeds": [r.seed for r in responses],
     }
+
+
+def _token_versions(group: ResponseGroup) -> list[list[int]] | None:
+    if group.version_start == group.version_end:
+        return None
+    return [
+        [group.version_start] * len(r.token_ids) if r.token_versions is None else r.token_versions.tolist()
+        for r in group.responses
+    ]
 
 
 def _conversation(prompt: str, response: str) -> list[dict[str, str]]:
@@ -124,6 +163,7 @@ def _example_of(row: dict[str, Any], config: Config, iteration: int) -> Training
         p_hat=tuple(row["p_hat"][k] for k in selected),
         p_pair=row["probability"][selected[0]][selected[-1]],
         policy_version=row["policy_version"],
+        token_logprobs=tuple(np.array(row["token_logprobs"][k], dtype=np.float32) for k in selected),
     )
 
 

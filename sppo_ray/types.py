@@ -6,7 +6,7 @@ Prompt -> ResponseGroup (rollout) -> JudgedGroup (judge) -> TrainingExample (sel
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -41,12 +41,14 @@ class Response:
     text: str  # decoded, special tokens stripped
     finish_reason: FinishReason
     logprob: float  # nats: sum over T of log pi(y_t | x, y_<t), full softmax at temperature 1
+    token_logprobs: np.ndarray  # float32 [T], nats: its summands, each under the weights that sampled the token
     seed: int
+    token_versions: np.ndarray | None = None  # int32 [T], policy version of each token; None: the group's version
 
 
 @dataclass(frozen=True, slots=True)
 class ResponseGroup:
-    """K responses to one prompt, all from one policy version unless version_start != version_end."""
+    """K responses to one prompt, all from one policy version unless version_start != version_end (then it is mixed)."""
 
     prompt: Prompt
     iteration: int  # t of the paper, from 1; 0 for evaluation of the base policy
@@ -54,6 +56,7 @@ class ResponseGroup:
     version_start: int  # published policy version when sampling began (0 is the base policy)
     version_end: int
     worker: str  # name of the rollout actor
+    epoch: int = 0  # pass over the slice, from 0; 0 wherever a slice is sampled once
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +77,10 @@ class TrainingExample:
     response_ids: tuple[np.ndarray, ...]  # M arrays, int32 [T_m]
     p_hat: tuple[float, ...]  # M win rates against the policy, in [0, 1]
     p_pair: float  # P(winner beats loser); 0.5 when M != 2 has no pair meaning
-    policy_version: int  # version the responses were sampled from
-    reference_logps: tuple[float, ...] | None = None  # M, nats; log pi_ref(y_m | x)
+    policy_version: int  # version the responses were sampled from (a mixed group: its oldest)
+    token_logprobs: tuple[np.ndarray, ...] = ()  # M, float32 [T_m], nats, recorded at sampling
+    reference_logps: tuple[float, ...] | None = None  # M, nats; log pi_ref(y_m | x); None: not computed beforehand
+    staleness: int = 0  # versions between sampling and this batch
 
 
 # What the learner pulls, one at a time. A task is a pure function of the buffer's state and the learner's step, so a
@@ -102,12 +107,23 @@ class TrainTask:
 
 
 @dataclass(frozen=True, slots=True)
+class PublishTask:
+    """Publish the current weights as `version`, in the middle of a slice (its end is a SaveTask's)."""
+
+    step: int
+    iteration: int
+    version: int
+    probe: tuple[TrainingExample, ...]  # examples whose log-probabilities under these weights are to be reported
+
+
+@dataclass(frozen=True, slots=True)
 class SaveTask:
     """Save the policy of a finished iteration, publish it as `version` and commit a checkpoint."""
 
     step: int
     iteration: int
     version: int
+    probe: tuple[TrainingExample, ...] = ()  # as in PublishTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +131,7 @@ class StopTask:
     """Nothing is left to train."""
 
 
-LearnerTask = ReferenceTask | TrainTask | SaveTask | StopTask
+LearnerTask = ReferenceTask | TrainTask | PublishTask | SaveTask | StopTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +142,9 @@ class Receipt:
     worker: str
     tokens: int  # sampled tokens of the K responses
     truncated: int  # responses that ended at the token limit
-    version: int
+    version: int  # policy version sampled from (a mixed group: its oldest)
+    iteration: int = 0
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,3 +178,55 @@ class ResumePoint:
 
     step: int  # optimizer updates done in the run
     policy_dir: str  # HF folder (or hub name) of the policy to start from
+
+
+# Async: what the schedule, the buffer and the learner tell each other beside groups.
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """The right to sample one group. Tickets are numbered in the order in which prompts are meant to be sampled."""
+
+    number: int  # over the whole run, from 0
+    iteration: int
+    epoch: int
+    index: int  # of the prompt in the iteration's slice
+    resamples: int  # times this ticket's group was thrown away
+    protected: bool = False  # not to be aborted by a publish any more
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Token log-probabilities of some sequences under one version of the weights, by the learner."""
+
+    prompt_ids: tuple[np.ndarray, ...]  # n, int32 [P]
+    response_ids: tuple[np.ndarray, ...]  # n, int32 [T]
+    logprobs: tuple[np.ndarray, ...]  # n, float32 [T], nats
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """Weights that the hub holds, ready to be served."""
+
+    version: int
+    step: int  # updates done in the run
+    iteration: int
+    ends_iteration: bool  # these are the weights of iter_<iteration>/policy
+    checksum: str
+    seconds: float  # what the learner spent on publishing
+    probe: Probe | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CutBatch:
+    """What one update of the async learner is trained on; written down when it is cut."""
+
+    step: int  # updates done before it
+    iteration: int
+    epoch: int
+    version: int  # of the learner's published weights when it was cut: the consumed version
+    groups: tuple[tuple[int, int], ...]  # (index of the prompt in the slice, policy version sampled from)
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> CutBatch:
+        return cls(**data | {"groups": tuple((index, version) for index, version in data["groups"])})

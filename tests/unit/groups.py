@@ -24,18 +24,15 @@ def prompt(name: str) -> Prompt:
     return Prompt(name, f"text of {name}", f"<s>{name}", np.array([1, derive(name) % 50], dtype=np.int32))
 
 
+def response(rng: np.random.Generator, i: int, text: str) -> Response:
+    tokens = rng.integers(0, 99, rng.integers(1, 9)).astype(np.int32)
+    logprobs = -rng.random(len(tokens)).astype(np.float32)
+    return Response(tokens, text, "length" if i == 1 else "stop", float(logprobs.sum()), logprobs, seed=i)
+
+
 def judged(name: str, iteration: int = 1, k: int = 5, version: int = 0) -> JudgedGroup:
     rng = np.random.default_rng(derive(name, iteration))
-    responses = tuple(
-        Response(
-            token_ids=rng.integers(0, 99, rng.integers(1, 9)).astype(np.int32),
-            text=f"answer {i} to {name} in {iteration}",
-            finish_reason="length" if i == 1 else "stop",
-            logprob=-float(rng.random()),
-            seed=i,
-        )
-        for i in range(k)
-    )
+    responses = tuple(response(rng, i, f"answer {i} to {name} in {iteration}") for i in range(k))
     logits = rng.normal(size=(k, k)).astype(np.float32) * (1 - np.eye(k, dtype=np.float32))
     return JudgedGroup(
         ResponseGroup(prompt(name), iteration, responses, version, version, "rollout-0"), logits, "judge-0"

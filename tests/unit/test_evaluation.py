@@ -25,7 +25,7 @@ class Fakes:
         self.sampled += 1
         text = "same" if one.prompt_id == "h0" else f"{self.version}"
         tokens = np.arange(3 + self.version, dtype=np.int32)
-        response = Response(tokens, text, "stop", -1.0, sampling.seeds[0])
+        response = Response(tokens, text, "stop", -1.0, -np.ones(len(tokens), np.float32), sampling.seeds[0])
         group = ResponseGroup(one, iteration, (response,), self.version, self.version, "rollout-0")
         return Handle(group, Receipt(one.prompt_id, "rollout-0", 3, 0, self.version))
 
