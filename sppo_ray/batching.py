@@ -43,20 +43,23 @@ def truncate(example: TrainingExample, max_length: int, max_prompt_length: int) 
 
     If prompt + longest response exceeds max_length, the last max_prompt_length prompt tokens are kept; if that is still
     too long, every response is cut to max_length - max_prompt_length, even where a short prompt would leave more room.
+    Recorded log-probabilities are cut with their tokens. Those of the tokens kept stay right when responses are cut, since
+    a token depends on what is before it only; not when the prompt is.
     """
     longest = max(len(ids) for ids in example.response_ids)
-    prompt, responses = example.prompt_ids, example.response_ids
+    prompt, responses, logprobs = example.prompt_ids, example.response_ids, example.token_logprobs
     if len(prompt) + longest > max_length:
         prompt = prompt[-max_prompt_length:]
     if len(prompt) + longest > max_length:
-        responses = tuple(ids[: max_length - max_prompt_length] for ids in responses)
+        room = max_length - max_prompt_length
+        responses, logprobs = tuple(ids[:room] for ids in responses), tuple(values[:room] for values in logprobs)
     cut = [len(before) - len(after) for before, after in zip(example.response_ids, responses, strict=True)]
     truncation = Truncation(
         prompt_tokens=len(example.prompt_ids) - len(prompt),
         responses=sum(tokens > 0 for tokens in cut),
         response_tokens=sum(cut),
     )
-    return replace(example, prompt_ids=prompt, response_ids=responses), truncation
+    return replace(example, prompt_ids=prompt, response_ids=responses, token_logprobs=logprobs), truncation
 
 
 def split(lengths: Sequence[int], world: int, micro_batch: int) -> np.ndarray:
@@ -85,6 +88,7 @@ class MicroBatch:
     p_pair: np.ndarray  # float32 [R]
     reference: np.ndarray  # float32 [R, M] nats; 0 where not known yet
     weight: np.ndarray  # float32 [R]: 1 for an example, 0 for padding
+    staleness: np.ndarray  # int64 [R], versions; 0 for padding
 
 
 def collate(rows: Sequence[TrainingExample | None], responses: int, pad_id: int) -> MicroBatch:
@@ -126,6 +130,7 @@ def collate(rows: Sequence[TrainingExample | None], responses: int, pad_id: int)
         p_pair=np.array([0.5 if row is None else row.p_pair for row in rows], dtype=np.float32),
         reference=np.array([zero if row is None else row.reference_logps or zero for row in rows], dtype=np.float32),
         weight=np.array([row is not None for row in rows], dtype=np.float32),
+        staleness=np.array([0 if row is None else row.staleness for row in rows], dtype=np.int64),
     )
 
 
@@ -138,3 +143,11 @@ def projection_chunks(dealt: np.ndarray, response_tokens: Sequence[int], respons
     tokens = np.append(np.asarray(response_tokens, dtype=np.int64), responses)  # the last entry is what PADDING picks
     per_rank = tokens[dealt].sum(axis=2)
     return [max(1, -(-int(most) // chunk)) for most in per_rank.max(axis=1)]
+
+
+def deal(examples: Sequence[TrainingExample], world: int, micro_batch: int, chunk: int) -> tuple[np.ndarray, list[int]]:
+    """`split` and `projection_chunks` of a batch of truncated examples, all with as many responses."""
+    tokens = [sum(map(len, e.response_ids)) for e in examples]
+    longest = [len(e.prompt_ids) + max(map(len, e.response_ids)) for e in examples]
+    dealt = split(longest, world, micro_batch)
+    return dealt, projection_chunks(dealt, tokens, len(examples[0].response_ids), chunk)

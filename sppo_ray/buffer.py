@@ -58,6 +58,8 @@ class TrainingBuffer:
         self._open: OpenSlice | None = None
         self._held: dict[int, set[str]] = {}
         self._released: int | None = None  # the iteration the schedule lets the learner work on
+        # Of a slice that is trained from one policy: the snapshot it is compared with is that policy.
+        self._reference_beforehand = (config.reference, config.objective.snapshot_every) == ("snapshot", "slice")
         if (iteration := self._next_iteration()) and (summary := self.ledger.sealed(iteration)):
             self._open = self._slice(summary, self.ledger.generated(iteration))
 
@@ -73,13 +75,25 @@ class TrainingBuffer:
 
     def add(self, judged: Sequence[JudgedGroup]) -> None:
         """Make groups durable. A group that is already held is left as it is."""
-        for iteration in sorted({j.group.iteration for j in judged}):
-            held = self.held(iteration)
-            fresh = {j.group.prompt.prompt_id: j for j in judged if j.group.iteration == iteration}
-            fresh = {prompt_id: j for prompt_id, j in fresh.items() if prompt_id not in held}
-            if fresh:
-                self.ledger.append(iteration, list(fresh.values()))
-                held.update(fresh)
+        fresh = self.fresh(judged)
+        self.accept(fresh, self.store(fresh))
+
+    # `add` in three: only the middle one touches the disk, so it may run in a thread while the rest of the state is used.
+
+    def fresh(self, judged: Sequence[JudgedGroup]) -> list[JudgedGroup]:
+        """Those that are not held yet, each once."""
+        named = {(j.group.iteration, j.group.prompt.prompt_id): j for j in judged}
+        return [j for (iteration, prompt_id), j in named.items() if prompt_id not in self.held(iteration)]
+
+    def store(self, fresh: Sequence[JudgedGroup]) -> list[pa.Table]:
+        """Write them to the ledger, a shard per iteration, in the order of the iterations."""
+        iterations = sorted({j.group.iteration for j in fresh})
+        return [self.ledger.append(t, [j for j in fresh if j.group.iteration == t]) for t in iterations]
+
+    def accept(self, fresh: Sequence[JudgedGroup], stored: Sequence[pa.Table]) -> None:
+        """They are on disk."""
+        for j in fresh:
+            self.held(j.group.iteration).add(j.group.prompt.prompt_id)
 
     def seal(self, iteration: int, prompt_ids: Sequence[str]) -> SliceSummary:
         """Close the slice. Sealing a sealed slice gives its summary again."""
@@ -87,8 +101,8 @@ class TrainingBuffer:
             return summary
         if iteration != self._next_iteration():
             raise SppoError(f"iteration {iteration} cannot be sealed: {self._next_iteration()} is the next to train")
-        table = self.ledger.seal(iteration, [SealedRow(prompt_id) for prompt_id in prompt_ids])
-        summary = summarise(table, iteration, self.config)
+        table = self.ledger.seal(iteration, self._sealed_rows(iteration, prompt_ids))
+        summary = summarise(table, iteration, self.config, self._steps(len(table)))
         self.ledger.mark_sealed(summary)
         self._open = self._slice(summary, table)
         return summary
@@ -116,7 +130,7 @@ class TrainingBuffer:
             raise SppoError(
                 f"the learner is at step {step}, outside of {now.first_step}..{now.end_step} now in training"
             )
-        if not now.referenced:
+        if not now.referenced and self._reference_beforehand:
             return ReferenceTask(now.summary.iteration, now.examples)
         if step == now.end_step:
             return SaveTask(step, now.summary.iteration, version=now.summary.iteration)
@@ -135,6 +149,10 @@ class TrainingBuffer:
         self.ledger.mark_trained(trained)
         self._done, self._open = trained, None
 
+    def trained(self, iteration: int) -> TrainedIteration | None:
+        """What an iteration gave, once its policy is saved."""
+        return self.ledger.trained(iteration) if self._done and self._done.iteration >= iteration else None
+
     def last_trained(self) -> TrainedIteration | None:
         return self._done
 
@@ -148,6 +166,13 @@ class TrainingBuffer:
         if self._open is None or self._open.summary.iteration != iteration:
             raise SppoError(f"iteration {iteration} is not the one in training")
         return self._open
+
+    def _sealed_rows(self, iteration: int, prompt_ids: Sequence[str]) -> list[SealedRow]:
+        return [SealedRow(prompt_id) for prompt_id in prompt_ids]
+
+    def _steps(self, groups: int) -> int:
+        """Updates that a slice of so many groups gives."""
+        return math.ceil(groups / self.config.learner.batch_size) * self.config.learner.epochs
 
     def _slice(self, summary: SliceSummary, table: pa.Table) -> OpenSlice:
         examples = tuple(examples_of(table, self.config, summary.iteration))
@@ -165,7 +190,7 @@ class TrainingBuffer:
         return TrainTask(step, now.summary.iteration, local, steps_per_epoch, examples)
 
 
-def summarise(table: pa.Table, iteration: int, config: Config) -> SliceSummary:
+def summarise(table: pa.Table, iteration: int, config: Config, steps: int) -> SliceSummary:
     """Counts of a slice, for the record and the progress display."""
     k = config.rollout.responses_per_prompt
     texts = list(zip(*([m[1]["content"] for m in table[f"generate_{i}"].to_pylist()] for i in range(k)), strict=True))
@@ -178,7 +203,7 @@ def summarise(table: pa.Table, iteration: int, config: Config) -> SliceSummary:
         empty_responses=sum(not text.strip() for group in texts for text in group),
         order_inconsistency=float(order_inconsistency(logits).mean()),
         cycle_rate=float(has_cycle(logits).mean()),
-        steps=math.ceil(len(table) / config.learner.batch_size) * config.learner.epochs,
+        steps=steps,
     )
 
 

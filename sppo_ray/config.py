@@ -1,11 +1,11 @@
 """The configuration: typed sections, unknown keys refused. Imports no torch, so that refusing bad input is instant.
 
-Loading (YAML, dotted overrides, fidelity presets) is in `config_io`; checks across sections are at the end of this file.
+Loading (YAML, dotted overrides, fidelity presets) is in `config_io`; checks across sections are in `config_checks`.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -122,7 +122,7 @@ class Objective(Section):
     reference: Literal["behavior", "snapshot"] | None = None
     """Whose log-probabilities the loss compares with. behavior: the sampling policy's, as vLLM recorded them. snapshot:
     a frozen copy's, computed in the learner. null: snapshot in sync (it is pi_t), behavior in async."""
-    snapshot_every: int | Literal["slice"] = "slice"
+    snapshot_every: Annotated[int, Field(ge=1)] | Literal["slice"] = "slice"
     """snapshot in async: updates between refreshes of the frozen copy; slice: at the start of each slice."""
     target_clip: float | None = Field(None, gt=0)
     """Largest |target| in nats; null: none. See docs/async.md for when staleness makes it worth while."""
@@ -174,7 +174,7 @@ class Learner(Section):
 
 
 class Weights(Section):
-    publish_every: int | Literal["slice"] | None = None
+    publish_every: Annotated[int, Field(ge=1)] | Literal["slice"] | None = None
     """Updates between publishes; slice: at the end of each slice only. null: slice in sync, 8 in async. The end of a
     slice is always published."""
     pause: Literal["finish", "keep", "abort"] = "finish"
@@ -241,45 +241,21 @@ class Config(Section):
     cluster: Cluster = Cluster()
     evaluation: Evaluation = Evaluation()
 
+    @property
+    def publish_every(self) -> int | Literal["slice"]:
+        """`weights.publish_every` with null resolved."""
+        if self.weights.publish_every is not None:
+            return self.weights.publish_every
+        return "slice" if self.schedule.mode == "sync" else 8
+
+    @property
+    def reference(self) -> Literal["behavior", "snapshot"]:
+        """`objective.reference` with null resolved."""
+        return self.objective.reference or ("snapshot" if self.schedule.mode == "sync" else "behavior")
+
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
+        from sppo_ray.config_checks import refuse_contradictions  # which reads this module's types
+
         refuse_contradictions(self)
         return self
-
-
-def refuse_contradictions(config: Config) -> None:
-    """Raise ValueError, naming keys, values and the remedy, where two values cannot both hold."""
-    data, rollout, learner, objective, cluster = (
-        config.data, config.rollout, config.learner, config.objective, config.cluster,
-    )  # fmt: skip
-    if config.schedule.mode == "async":
-        raise ValueError("schedule.mode=async is not available in this version; set schedule.mode=sync.")
-    if data.splits is not None and len(data.splits) != config.schedule.iterations:
-        raise ValueError(
-            f"data.splits names {len(data.splits)} splits but schedule.iterations is {config.schedule.iterations}: "
-            "give one split per iteration, or set data.splits=null to cut one set of prompts by seed."
-        )
-    if config.selection.rule == "all" and objective.loss != "sppo":
-        raise ValueError(
-            f"selection.rule=all keeps all K responses but objective.loss={objective.loss} compares two: "
-            "set objective.loss=sppo or selection.rule=best_worst."
-        )
-    if learner.max_prompt_length >= learner.max_length:
-        raise ValueError(
-            f"learner.max_prompt_length={learner.max_prompt_length} leaves no room for a response within "
-            f"learner.max_length={learner.max_length}: lower the first or raise the second."
-        )
-    if learner.schedule_epochs is not None and learner.schedule_epochs < learner.epochs:
-        raise ValueError(
-            f"learner.schedule_epochs={learner.schedule_epochs} ends before learner.epochs={learner.epochs}: "
-            "the learning rate would be zero; raise learner.schedule_epochs or set it to null."
-        )
-    if cluster.gpus == 0 and (config.policy.dtype == "float16" or config.judge.dtype == "float16"):
-        raise ValueError("float16 needs a GPU but cluster.gpus=0: set policy.dtype and judge.dtype to float32.")
-    if cluster.gpus == 0 and rollout.engine == "async":
-        raise ValueError("rollout.engine=async needs a GPU but cluster.gpus=0: set rollout.engine=auto.")
-    if learner.num_workers > learner.batch_size:
-        raise ValueError(
-            f"learner.num_workers={learner.num_workers} exceeds learner.batch_size={learner.batch_size}: "
-            "some ranks would have nothing to train on; lower learner.num_workers."
-        )

@@ -90,6 +90,10 @@ class Ledger:
         path = self._batches_path(iteration)
         return [CutBatch.of(line) for line in read_whole_lines(path)] if path.exists() else []
 
+    def rewrite_batches(self, iteration: int, batches: Sequence[CutBatch]) -> None:
+        with whole_file(self._batches_path(iteration)) as temporary:
+            temporary.write_text("".join(json.dumps(dataclasses.asdict(batch)) + "\n" for batch in batches))
+
     def _batches_path(self, iteration: int) -> Path:
         return self.folder(iteration) / "batches.jsonl"
 

@@ -20,7 +20,7 @@ class MetricsLog:
         _cut_unfinished_line(path)
 
     def write(self, line: Mapping[str, Any]) -> bool:
-        """Append a line; returns False, writing nothing, if its step or iteration is already there."""
+        """Append a line; returns False, writing nothing, if its step or event is already there."""
         if _key(line) in self._known:
             return False
         with self.path.open("a", encoding="utf-8") as file:
@@ -39,7 +39,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _key(line: Mapping[str, Any]) -> tuple[str, Any]:
-    return ("step", line["step"]) if "step" in line else (str(line["event"]), line["iteration"])
+    """Of an update, or an event: of a version of the weights, a moment, or an iteration."""
+    if "step" in line:
+        return "step", line["step"]
+    return str(line["event"]), line.get("version", line.get("at", line["iteration"]))
 
 
 def _cut_unfinished_line(path: Path) -> None:

@@ -37,6 +37,7 @@ def preflight(config: Config, base_dir: Path | None = None) -> Preflight:
     tokenizer = load_tokenizer(policy, config.policy.trust_remote_code)
     prompts = encode_prompts(config, tokenizer, context, raw)
     _refuse_foreign_tokenizer(prompts, policy)
+    _refuse_cut_prompts(config, prompts)
     return Preflight(
         policy=policy,
         judge=judge,
@@ -71,6 +72,19 @@ def _refuse_foreign_tokenizer(prompts: PreparedPrompts, policy: PolicyInfo) -> N
                 "vocabulary "
                 f"ends at {policy.vocab_size - 1}: tokenizer and weights are of different models; copy both from one."
             )
+
+
+def _refuse_cut_prompts(config: Config, prompts: PreparedPrompts) -> None:
+    """What was recorded at sampling is conditioned on the whole prompt, so a prompt may not be cut for training."""
+    limit = config.learner.max_prompt_length
+    long = [prompt for part in prompts.slices for prompt in part if len(prompt.token_ids) > limit]
+    if config.reference == "behavior" and long:
+        raise ConfigError(
+            f"objective.reference=behavior: {len(long)} prompts, e.g. {long[0].prompt_id!r} with "
+            f"{len(long[0].token_ids)} tokens, exceed learner.max_prompt_length={limit} and may be cut for training, but their "
+            "recorded log-probabilities are of responses to the whole prompt. Raise learner.max_prompt_length (and "
+            "learner.max_length), or set objective.reference=snapshot."
+        )
 
 
 def _warnings(config: Config, raw: RawPrompts, prompts: PreparedPrompts) -> list[str]:

@@ -35,8 +35,9 @@ class Rollout(Protocol):
         """
         ...
 
-    async def load(self, version: int) -> None:
-        """Serve the published weights `version`; raises WeightSyncError naming the worker that does not.
+    async def load(self, version: int) -> Mapping[str, Any]:
+        """Serve the published weights `version`; raises WeightSyncError naming the worker that does not. Returns figures
+        of the update by worker.
 
         Workers that take turns with the learner all load at once; others a few at a time (`weights.at_once`), while the
         rest goes on sampling.

@@ -13,9 +13,17 @@ def derive(*names: object) -> int:
     return int.from_bytes(digest, "big") % 2**31
 
 
-def sampling_seeds(mode: str, run_seed: int, iteration: int, prompt_id: str, k: int) -> tuple[int, ...]:
-    """One seed per response. `derived`: k consecutive seeds (the engine's n = K); `reference`: 0, 50, 100, ..."""
+def sampling_seeds(
+    mode: str, run_seed: int, iteration: int, prompt_id: str, k: int, epoch: int = 0
+) -> tuple[int, ...]:  # fmt: skip
+    """One seed per response. `derived`: k consecutive seeds (the engine's n = K); `reference`: 0, 50, 100, ...
+
+    epoch: pass over the slice, where each is sampled anew.
+    """
     if mode == "reference":
         return tuple(REFERENCE_SPACING * i for i in range(k))
-    first = derive("sample", run_seed, iteration, prompt_id) // 1024 * 1024  # room for K: ranges never half-overlap
+    again = (epoch,) if epoch else ()
+    first = (
+        derive("sample", run_seed, iteration, prompt_id, *again) // 1024 * 1024
+    )  # room for K: ranges never half-overlap
     return tuple(first + i for i in range(k))

@@ -30,10 +30,10 @@ def response(rng: np.random.Generator, i: int, text: str) -> Response:
     return Response(tokens, text, "length" if i == 1 else "stop", float(logprobs.sum()), logprobs, seed=i)
 
 
-def judged(name: str, iteration: int = 1, k: int = 5, version: int = 0) -> JudgedGroup:
-    rng = np.random.default_rng(derive(name, iteration))
+def judged(name: str, iteration: int = 1, k: int = 5, version: int = 0, epoch: int = 0) -> JudgedGroup:
+    rng = np.random.default_rng(derive(name, iteration, epoch) if epoch else derive(name, iteration))
     responses = tuple(response(rng, i, f"answer {i} to {name} in {iteration}") for i in range(k))
     logits = rng.normal(size=(k, k)).astype(np.float32) * (1 - np.eye(k, dtype=np.float32))
     return JudgedGroup(
-        ResponseGroup(prompt(name), iteration, responses, version, version, "rollout-0"), logits, "judge-0"
+        ResponseGroup(prompt(name), iteration, responses, version, version, "rollout-0", epoch), logits, "judge-0"
     )

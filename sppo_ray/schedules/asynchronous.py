@@ -1,0 +1,105 @@
+"""The asynchronous schedule: three tasks at once, each with a name; the buffer says what each may do.
+
+    sampling     whenever the staleness bound allows it: sample K responses to the next prompt, judge them, hand them in
+    training     the learner pulls its batches; when all groups of slice t are in, seal it; wait until its policy is saved
+    publishing   whenever the hub holds newer weights: let the rollout workers load them; evaluate the policy of each slice
+
+What is sampled when, and what a batch holds, is `sppo_ray.admission`; here is only who waits for whom. With
+`max_staleness: 0`, one publish per slice and `batch_order: slice` the three wait for each other exactly as in
+`synchronous`, and the result is the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from sppo_ray.config import Config
+from sppo_ray.errors import GroupAborted
+from sppo_ray.mismatch import compare
+from sppo_ray.protocols import System, Watch
+from sppo_ray.schedules.supervision import InFlight, supervised
+from sppo_ray.seeds import sampling_seeds
+from sppo_ray.types import Prompt, Publication, Sampling, Ticket
+
+Slices = Sequence[Sequence[Prompt]]
+
+
+async def run(
+    system: System, slices: Slices, config: Config, watch: Watch, start: int = 0, version: int = 0
+) -> None:  # fmt: skip
+    """Run the iterations after `start`, the last one whose policy is trained; it is served as `version` now."""
+    await system.evaluator.evaluate(start)
+    await supervised(
+        sampling=sampling(system, slices, config, watch),
+        training=training(system, slices, watch, start),
+        publishing=publishing(system, config, watch, start, version),
+    )
+
+
+async def sampling(system: System, slices: Slices, config: Config, watch: Watch) -> None:
+    """Ends when every group of the run is on disk."""
+    async with InFlight() as groups:
+        while tickets := await system.buffer.admit(await groups.room(lambda: system.rollout.slots)):
+            for ticket in tickets:
+                groups.start(self_play(system, slices[ticket.iteration - 1][ticket.index], ticket, config, watch))
+
+
+async def self_play(system: System, prompt: Prompt, ticket: Ticket, config: Config, watch: Watch) -> None:
+    """One group, from prompt to disk."""
+    sampling = sampling_of(prompt, ticket, config)
+    try:
+        group = await system.rollout.generate(prompt, sampling, ticket.iteration, ticket.epoch, ticket.protected)
+    except GroupAborted:
+        await system.buffer.resample(ticket)
+        return
+    watch.sampled(group.receipt)
+    judged = await system.judge.judge(group)
+    await system.buffer.add(judged)
+    watch.judged(judged.receipt)
+
+
+async def training(system: System, slices: Slices, watch: Watch, start: int) -> None:
+    """Ends with the last iteration."""
+    for t, prompts in enumerate(slices[start:], start=start + 1):
+        await system.buffer.collected(t)
+        watch.sealed(await system.buffer.seal(t, [prompt.prompt_id for prompt in prompts]))
+        watch.trained(await system.learner.train(t))
+
+
+async def publishing(system: System, config: Config, watch: Watch, start: int, version: int) -> None:
+    """Ends when the last iteration's policy is served and evaluated."""
+    while start < config.schedule.iterations:
+        publication = await system.buffer.publication(after=version)
+        figures = {"workers": await system.rollout.load(publication.version)}
+        figures |= await mismatch(system, publication, config, watch)
+        await system.buffer.serving(publication, figures)
+        version = publication.version
+        if publication.ends_iteration:
+            start = publication.iteration
+            await system.evaluator.evaluate(start)
+
+
+async def mismatch(system: System, publication: Publication, config: Config, watch: Watch) -> dict[str, object]:
+    """The engine's log-probabilities against the learner's, for the same weights and sequences."""
+    if (probe := publication.probe) is None:
+        return {}
+    pairs = zip(probe.prompt_ids, probe.response_ids, strict=True)
+    served = await asyncio.gather(*(system.rollout.score(prompt, response) for prompt, response in pairs))
+    found = compare(probe, served)
+    alarm = found["mean_abs_per_token"] > config.objective.mismatch_alarm
+    if alarm:
+        watch.alarm(
+            f"version {publication.version}: the rollout workers' log-probabilities differ from the learner's by "
+            f"{found['mean_abs_per_token']:.3g} nats a token on average; objective.mismatch_alarm is "
+            f"{config.objective.mismatch_alarm:g}"
+        )
+    return {"mismatch": found, "mismatch_alarm": alarm}
+
+
+def sampling_of(prompt: Prompt, ticket: Ticket, config: Config) -> Sampling:
+    """As in sync for the first pass over a slice; later passes draw other noise."""
+    rollout = config.rollout
+    k = rollout.responses_per_prompt
+    seeds = sampling_seeds(rollout.seeds, config.run.seed, ticket.iteration, prompt.prompt_id, k, ticket.epoch)
+    return Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens, seeds)

@@ -1,0 +1,176 @@
+"""The asynchronous schedule with the real buffer, admission and ledger against in-process fakes."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pyarrow.parquet as pq
+import pytest
+from groups import config, prompt
+from self_play import Fakes
+
+from sppo_ray.errors import SppoError
+from sppo_ray.metrics import read_metrics
+from sppo_ray.schedules import asynchronous, synchronous
+from sppo_ray.schedules.supervision import InFlight, supervised
+
+SLICES = [[prompt(f"{t}-{n}") for n in range(size)] for t, size in ((1, 22), (2, 16), (3, 9))]
+
+
+def async_config(folder, **overrides):
+    given = {
+        "schedule__mode": "async",
+        "schedule__iterations": 3,
+        "weights__publish_every": 1,
+        "buffer__flush_s": 0.002,
+        "rollout__in_flight": 8,
+    }
+    return config(folder, **(given | overrides))
+
+
+async def run_async(fakes, slices=SLICES):
+    done = await fakes.start()
+    start, version = (done.iteration, done.version) if done else (0, 0)
+    try:
+        await asyncio.wait_for(
+            asynchronous.run(fakes.system, slices, fakes.config, fakes, start, version), timeout=60
+        )  # fmt: skip
+    finally:
+        fakes.learner.cancel()
+    return fakes
+
+
+def table(folder, t, name="train"):
+    return pq.read_table(folder / f"iter_{t}/{name}.parquet")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+async def test_at_zero_staleness_and_one_publish_per_slice_it_is_the_synchronous_schedule(tmp_path, seed):
+    zero = {"schedule__max_staleness": 0, "schedule__batch_order": "slice", "objective__reference": "snapshot"}
+    ours = Fakes(
+        async_config(tmp_path / "async", weights__publish_every="slice", learner__epochs=2, **zero), SLICES, seed
+    )
+    await run_async(ours)
+    sync = Fakes(config(tmp_path / "sync", schedule__iterations=3, learner__epochs=2, buffer__flush_s=0.002), SLICES)
+    await sync.start()
+    await synchronous.run(sync.system, SLICES, sync.config, sync)
+    assert ours.weights == sync.weights  # a float that depends on every row, order and reference
+    for t in (1, 2, 3):
+        for name in ("train", "generated"):
+            one, other = table(tmp_path / "async", t, name), table(tmp_path / "sync", t, name)
+            assert one.select(other.column_names).equals(other)
+        rows = table(tmp_path / "async", t).to_pylist()
+        assert {(row["policy_version"], row["consumed_version"]) for row in rows} == {(t - 1, t - 1)}
+        first = {e.prompt_id: task.step + 1 for task in reversed(ours.steps) for e in task.examples}
+        assert {row["prompt_id"]: row["step"] for row in rows}.items() <= first.items()
+    assert [entry for entry in ours.log if entry[0] == "evaluate"] == [("evaluate", t, t) for t in range(4)]
+
+
+@pytest.mark.parametrize(("staleness", "every"), [(0, 1), (1, 1), (1, 2), (4, 3), (2, "slice")])
+async def test_the_bound_holds_and_every_prompt_is_trained_once_per_epoch(tmp_path, staleness, every):
+    run = async_config(
+        tmp_path, schedule__max_staleness=staleness, weights__publish_every=every, learner__epochs=2
+    )  # fmt: skip
+    fakes = await run_async(Fakes(run, SLICES, seed=staleness))
+    assert fakes.most_in_flight <= run.rollout.in_flight
+    for t, prompts in enumerate(SLICES, start=1):
+        rows = table(tmp_path, t).to_pylist()
+        keys = sorted((row["prompt_id"], row["epoch"]) for row in rows)
+        assert keys == sorted((p.prompt_id, epoch) for p in prompts for epoch in (0, 1))
+        assert all(0 <= row["consumed_version"] - row["policy_version"] <= staleness for row in rows)
+        assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
+    sampled = {(t, epoch, name): seeds for kind, t, epoch, name, _, seeds in _of(fakes, "generate")}
+    assert sampled[1, 0, "1-0"] != sampled[1, 1, "1-0"]  # each pass draws other noise
+    served = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line.get("event") == "publish"]
+    versions = [line["version"] for line in served]
+    assert versions == sorted(set(versions))
+    assert versions[-1] == (await fakes.buffer.last_trained()).version
+    assert [entry[1] for entry in _of(fakes, "evaluate")] == [0, 1, 2, 3]
+    ends = {t: fakes.buffer._async.plan.last_version(t) for t in (1, 2, 3)}
+    assert {t: version for _, t, version in _of(fakes, "evaluate")[1:]} == ends  # each while it was served
+
+
+def _of(fakes, kind):
+    return [entry for entry in fakes.log if entry[0] == kind]
+
+
+async def test_sampling_and_training_overlap(tmp_path):
+    fakes = await run_async(Fakes(async_config(tmp_path, schedule__max_staleness=4), SLICES))
+    rows = [row for t in (1, 2, 3) for row in table(tmp_path, t).to_pylist()]
+    assert any(row["consumed_version"] > row["policy_version"] for row in rows)
+    first_sealed = fakes.log.index(("sealed", 1))
+    assert any(entry[0] == "generate" and entry[1] == 2 for entry in fakes.log[:first_sealed])
+
+
+async def test_what_fails_is_named_and_the_run_goes_on_from_the_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="rollout-0 died") as caught:
+        await run_async(Fakes(async_config(tmp_path), SLICES, fail_at="2-9"))
+    assert any("'sampling'" in note for note in caught.value.__notes__)
+    before = {row["prompt_id"] for row in table(tmp_path, 1).to_pylist()}
+    fakes = await run_async(Fakes(async_config(tmp_path), SLICES))
+    assert before.isdisjoint(entry[3] for entry in _of(fakes, "generate"))  # iteration 1 was trained, nothing again
+    for t, prompts in enumerate(SLICES, start=1):
+        assert sorted(table(tmp_path, t)["prompt_id"].to_pylist()) == sorted(p.prompt_id for p in prompts)
+
+
+async def test_an_aborted_group_is_sampled_again_until_publishes_wait_for_it(tmp_path):
+    run = async_config(tmp_path, schedule__max_resamples=2)
+    fakes = await run_async(Fakes(run, SLICES, abort_at="1-5"))
+    assert _of(fakes, "aborted") == [("aborted", "1-5")] * 2
+    assert sum(entry[3] == "1-5" for entry in _of(fakes, "generate")) == 1
+
+
+async def test_a_mismatch_of_log_probabilities_is_reported_and_alarmed(tmp_path):
+    fakes = await run_async(Fakes(async_config(tmp_path, objective__mismatch_alarm=0.2), SLICES, wrong_by=0.25))
+    assert "0.25" in fakes.alarms[0]
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line.get("event") == "publish"]
+    assert all(line["mismatch_alarm"] and line["mismatch"]["mean_abs_per_token"] == 0.25 for line in lines)
+
+
+async def test_a_learner_that_gives_up_ends_the_run_with_its_reason(tmp_path):
+    fakes = Fakes(async_config(tmp_path), SLICES)
+    await fakes.start()
+    fakes.learner.cancel()
+    await fakes.buffer.give_up("learner-0: the loss is not finite")
+    with pytest.raises(SppoError, match="not finite"):
+        await asyncio.wait_for(asynchronous.run(fakes.system, SLICES, fakes.config, fakes), timeout=10)
+
+
+async def test_a_task_that_ends_by_cancellation_is_named():
+    async def dies():
+        raise asyncio.CancelledError
+
+    with pytest.raises(SppoError, match="'publishing'"):
+        await supervised(publishing=dies(), sampling=asyncio.sleep(60))
+
+
+async def test_the_others_are_cancelled_when_one_fails():
+    ended = []
+
+    async def waits():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append("waits")
+
+    async def fails():
+        await asyncio.sleep(0.01)
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await supervised(one=waits(), other=fails())
+    assert ended == ["waits"]
+
+
+async def test_room_grows_with_the_workers():
+    slots, started = 2, []
+
+    async def task(n):
+        started.append(n)
+        await asyncio.sleep(0.05)
+
+    async with InFlight() as groups:
+        for n in range(2):
+            groups.start(task(n))
+        slots = 5
+        assert await groups.room(lambda: slots) == 3
