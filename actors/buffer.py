@@ -17,7 +17,7 @@ NAME = "buffer"
 class BufferActor(BufferService):
     """Async actor."""
 
-    def __init__(self, config: Config, slices: Sequence[Sequence[str]]) -> None:
+    def __init__(self, config: Config, slices: Sequence[Sequence[str]] | None) -> None:
         redirect_output(config.run.dir, NAME)
         super().__init__(config, slices)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,14 @@ from ray.actor import ActorHandle
 
 from actors.buffer import NAME as BUFFER
 from actors.buffer import BufferActor
+from actors.buffer_client import BufferClient
 from actors.judge import JudgeWorker
 from actors.learner import NAME as LEARNER
 from actors.learner import LearnerActor, LearnerProcess
-from actors.policy_folder import local_folder, publish_policy
-from actors.pool import JudgePool, RolloutPool, call
+from actors.policy_folder import local_folder
+from actors.pool import JudgePool, RolloutPool
 from actors.process import environment
+from actors.publish import publish_folder
 from actors.rollout import RolloutWorker
 from actors.weights import NAME as HUB
 from actors.weights import WeightsHub
@@ -27,35 +29,11 @@ from sppo_ray.config import Config
 from sppo_ray.evaluation import HeldOutEvaluator, Oracle
 from sppo_ray.layout import Layout, RoleLayout, check_placement
 from sppo_ray.protocols import Handle, System
-from sppo_ray.types import Prompt, ResponseGroup, SliceSummary, TrainedIteration
+from sppo_ray.scaling import ScaledRole
+from sppo_ray.types import Prompt, ResponseGroup, TrainedIteration
 
 RESTARTS = 3  # of a rollout or judge worker, by Ray; past it the run fails with the worker's error
 LIGHT = RoleLayout(workers=1, gpus=0, cpus=0)  # actors that wait more than they work
-
-
-class BufferClient:
-    """`protocols.Buffer` over the buffer actor, and the driver's way to its record."""
-
-    def __init__(self, actor: ActorHandle) -> None:
-        self.actor = actor
-
-    async def held(self, iteration: int) -> frozenset[str]:
-        return await call(self.actor, BUFFER, "held", iteration)
-
-    async def add(self, judged: Handle) -> None:
-        await call(self.actor, BUFFER, "add", judged.ref, judged.receipt)
-
-    async def seal(self, iteration: int, prompt_ids: Sequence[str]) -> SliceSummary:
-        return await call(self.actor, BUFFER, "seal", iteration, prompt_ids)
-
-    async def last_trained(self) -> TrainedIteration | None:
-        return await call(self.actor, BUFFER, "last_trained")
-
-    async def record(self, line: Mapping[str, Any]) -> bool:
-        return await call(self.actor, BUFFER, "record", line)
-
-    async def last_step(self) -> Mapping[str, Any]:
-        return await call(self.actor, BUFFER, "last_step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +47,7 @@ class Running:
     hub: ActorHandle
     learner: LearnerProcess | None  # None where nothing is trained
     done: TrainedIteration | None  # the last iteration trained before; the rollout workers serve its policy
+    create: Callable[[ScaledRole, str], ActorHandle]  # one more rollout or judge worker, by role and name
 
     @property
     def system(self) -> System:
@@ -76,38 +55,42 @@ class Running:
         assert self.learner is not None, "started without a learner"
         return System(self.rollout, self.judge, self.buffer, self.learner, self.evaluator)
 
+    @property
+    def version(self) -> int:
+        """Of the weights that the rollout workers begin with."""
+        return self.done.version if self.done else 0
+
 
 @asynccontextmanager
 async def running(
-    config: Config, layout: Layout, heldout: Sequence[Prompt], learn: bool = True
+    config: Config, layout: Layout, heldout: Sequence[Prompt], slices: Sequence[Sequence[Prompt]] | None
 ) -> AsyncIterator[Running]:
-    """Start every actor (`learn`: the learner too), wait until all serve, and let the learner finish on the way out.
-    The actors end with the driver's connection to Ray."""
-    buffer = BufferClient(_actor(BufferActor, BUFFER, config, LIGHT).remote(config))
+    """Start every actor, wait until all serve, and let the learner finish on the way out. The actors end with the driver's
+    connection to Ray. slices: the prompts of each iteration; None: nothing is trained, and there is no learner."""
+    buffer = BufferClient(_actor(BufferActor, BUFFER, config, LIGHT).remote(config, _ids(slices)))
     hub = _actor(WeightsHub, HUB, config, LIGHT).remote(config)
     done = await buffer.last_trained()
     policy, version = (done.policy_dir, done.version) if done else (config.policy.model, 0)
 
+    def create(role: ScaledRole, name: str) -> ActorHandle:
+        if role == "rollout":
+            return _actor(RolloutWorker, name, config, layout.rollout).remote(name, config, policy, version, HUB)
+        return _actor(JudgeWorker, name, config, layout.judge).remote(name, config)
+
     # Rollouts, learner, judges, each when those before have their GPUs: on shared GPUs Ray's packing then gives one of each
     # per GPU. Where they take turns, the rollouts sleep while the learner loads, and get their weights back from the hub.
-    rollouts = {
-        name: _actor(RolloutWorker, name, config, layout.rollout).remote(name, config, policy, version, HUB)
-        for name in (f"rollout-{n}" for n in range(layout.rollout.workers))
-    }
-    rollout = RolloutPool(config, rollouts, hub)
+    rollouts = {name: create("rollout", name) for name in (f"rollout-{n}" for n in range(layout.rollout.workers))}
+    rollout = RolloutPool(config, rollouts, hub, all_at_once=config.schedule.mode == "sync")
     if layout.takes_turns:
         await rollout.ready()
-        await asyncio.to_thread(publish_policy, hub, Path(local_folder(policy)), version, config.weights.chunk_mb << 20)
+        await asyncio.to_thread(publish_folder, config, hub, Path(local_folder(policy)), version)
         await rollout.sleep()
     learner = None
-    if learn:
+    if slices is not None:
         actor = _actor(LearnerActor, LEARNER, config, LIGHT).remote(config, layout, buffer.actor, hub)
         learner = LearnerProcess(actor, buffer.actor)
     placed = await learner.placed() if learner and layout.gpus else []
-    judges = {
-        name: _actor(JudgeWorker, name, config, layout.judge).remote(name, config)
-        for name in (f"judge-{n}" for n in range(layout.judge.workers))
-    }
+    judges = {name: create("judge", name) for name in (f"judge-{n}" for n in range(layout.judge.workers))}
     judge = JudgePool(config, judges)
     await judge.ready()
     await rollout.ready()
@@ -116,9 +99,13 @@ async def running(
     if layout.gpus:
         check_placement(layout, [*await rollout.where(), *placed, *await judge.where()])
     evaluator = HeldOutEvaluator(config, heldout, rollout, judge, fetch, buffer.record, oracle_of(config))
-    yield Running(rollout, judge, buffer, evaluator, hub, learner, done)
+    yield Running(rollout, judge, buffer, evaluator, hub, learner, done, create)
     if learner:
         await learner.join(timeout_s=120)
+
+
+def _ids(slices: Sequence[Sequence[Prompt]] | None) -> list[list[str]] | None:
+    return None if slices is None else [[prompt.prompt_id for prompt in part] for part in slices]
 
 
 def _actor(kind: type, name: str, config: Config, role: RoleLayout) -> Any:

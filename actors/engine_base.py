@@ -1,17 +1,16 @@
 """The protocol of an engine, and what every vLLM engine shares: requests from seeds, updates, sleep.
 
-A group is sampled under one version of the weights: an update waits until the groups inside are done and keeps later
-ones out (`_Gate`), so a group is never a mixture, and no KV cache outlives the weights that filled it.
+What an update does with running groups is `weights.pause` (see pause.py). No KV cache outlives the weights that filled
+it, and every token's version is known.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,13 +18,15 @@ import numpy as np
 from vllm import RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from actors.pause import Gate, Pause
 from sppo_ray.errors import SppoError, WeightSyncError
 from sppo_ray.types import Sampling
 from sppo_ray.weight_chunks import WeightChunk
 
 logger = logging.getLogger(__name__)
 
-Chunks = Callable[[], AsyncIterator[WeightChunk]]  # a fresh pass over all chunks at every call
+# A fresh pass at every call, over all chunks or over what tells the engine's processes how to receive a broadcast.
+Chunks = Callable[[], AsyncIterator[WeightChunk] | AsyncIterator[Mapping[str, Any]]]
 
 
 class EngineDied(SppoError):
@@ -41,7 +42,8 @@ class RawOutput:
     finish_reason: str
     logprob: float  # nats, sum over T, full softmax at temperature 1
     token_logprobs: np.ndarray  # float32 [T], its summands
-    version: int  # of the weights
+    version: int  # of the weights; of the oldest ones when token_versions is given
+    token_versions: np.ndarray | None = None  # int32 [T]; None: all tokens have one version
 
 
 class Engine(Protocol):
@@ -50,12 +52,19 @@ class Engine(Protocol):
     version: int
     refusal: str | None  # why generate refuses (asleep, half-updated weights); None while it serves
 
-    async def generate(self, token_ids: Sequence[int], sampling: Sampling) -> list[RawOutput]:
-        """One output per seed, in their order. Raises WeightSyncError when it must not serve, EngineDied, ValueError."""
+    async def generate(self, token_ids: Sequence[int], sampling: Sampling, protected: bool = False) -> list[RawOutput]:
+        """One output per seed, in their order. Raises WeightSyncError when it must not serve, EngineDied, ValueError,
+        and under `weights.pause=abort` GroupAborted when an update ended it: never if `protected`."""
+        ...
+
+    async def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> np.ndarray:
+        """float32 [T], nats: log-probability of each response token (T >= 1) given what is before it, full softmax at
+        temperature 1, under the weights served. Raises as generate does, but is never aborted."""
         ...
 
     async def update_weights(self, version: int, chunks: Chunks) -> None:
-        """Serve other weights; wakes a sleeping engine. If it raises, generate refuses until an update succeeds."""
+        """Serve other weights; wakes a sleeping engine. If it raises, kept groups end with WeightSyncError, and
+        generate refuses until an update succeeds."""
         ...
 
     async def sleep(self) -> None:
@@ -88,93 +97,86 @@ def requests(sampling: Sampling, stop_ids: Sequence[int] = ()) -> list[SamplingP
     return [SamplingParams(seed=seed, **common) for seed in seeds]
 
 
-class _Gate:
-    """Many groups pass at once, or one update with nobody inside. An update that waits keeps new groups out."""
-
-    def __init__(self) -> None:
-        self._one_update = asyncio.Lock()
-        self._open = asyncio.Event()
-        self._open.set()
-        self._empty = asyncio.Event()
-        self._empty.set()
-        self._inside = 0
-
-    @contextlib.asynccontextmanager
-    async def passing(self) -> AsyncIterator[None]:
-        while not self._open.is_set():  # a second update may have closed it before this task woke
-            await self._open.wait()
-        self._inside += 1
-        self._empty.clear()
-        try:
-            yield
-        finally:
-            self._inside -= 1
-            if self._inside == 0:
-                self._empty.set()
-
-    @contextlib.asynccontextmanager
-    async def closed(self) -> AsyncIterator[None]:
-        async with self._one_update:
-            self._open.clear()
-            try:
-                await self._empty.wait()
-                yield
-            finally:
-                self._open.set()
-
-
 class VllmEngine(ABC):
-    """What both engines share: the gate, requests from seeds, the update protocol, sleep."""
+    """What both engines share: the gate, requests from seeds, scoring, the update protocol, sleep."""
 
-    def __init__(self, version: int, can_sleep: bool, stop_ids: Sequence[int] = ()) -> None:
+    def __init__(self, version: int, can_sleep: bool, stop_ids: Sequence[int] = (), pause: Pause = "finish") -> None:
         self.version = version
-        self._stop_ids = stop_ids
+        self.pause: Pause = pause
         self.refusal: str | None = None
+        self._first_version = version
+        self._stop_ids = stop_ids
         self._can_sleep = can_sleep
         self._asleep: set[str] = set()  # vLLM's memory tags
-        self._gate = _Gate()
+        self._gate = Gate()
         self._ids = itertools.count()
 
-    async def generate(self, token_ids: Sequence[int], sampling: Sampling) -> list[RawOutput]:
+    async def generate(self, token_ids: Sequence[int], sampling: Sampling, protected: bool = False) -> list[RawOutput]:
         params = requests(sampling, self._stop_ids)
-        async with self._gate.passing():
-            if self.refusal is not None:
-                raise WeightSyncError(self.refusal)
-            prompt = list(token_ids)
-            tasks = [asyncio.ensure_future(self._request(prompt, one, f"r{next(self._ids)}")) for one in params]
-            try:
-                finished = await asyncio.gather(*tasks)
-            finally:  # when one fails, the others must not run on outside the gate
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-            return [_raw(output, self.version) for request in finished for output in request.outputs]
+        # Under `keep` there is nothing to be protected from: the group goes on.
+        must_finish = protected and self.pause != "keep"
+        finished = await self._gate.run(self._all(list(token_ids), params), must_finish)
+        return [_raw(output, self._first_version) for request in finished for output in request.outputs]
+
+    async def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> np.ndarray:
+        if not len(prompt_ids) or not len(response_ids):
+            raise ValueError("scoring needs a prompt and a response of at least one token each")
+        ids, last = [*prompt_ids, *response_ids][:-1], int(response_ids[-1])
+        # The last token is asked for as the one to be sampled: a prompt as long as the context would be refused.
+        # vLLM does not read its prefix cache for such a request. It must finish: half of it under other weights is
+        # nobody's log-probability.
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, logprob_token_ids=[last])
+        (output,) = await self._gate.run(self._all(ids, [params]), must_finish=True)
+        before = zip(ids[len(prompt_ids) :], output.prompt_logprobs[len(prompt_ids) :], strict=True)
+        each = [choices[token].logprob for token, choices in before]
+        return np.asarray([*each, output.outputs[0].logprobs[0][last].logprob], dtype=np.float32)
+
+    async def _all(self, prompt: list[int], params: list[SamplingParams]) -> list[RequestOutput]:
+        if self.refusal is not None:
+            raise WeightSyncError(self.refusal)
+        tasks = [asyncio.ensure_future(self._request(prompt, one, f"r{next(self._ids)}")) for one in params]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:  # when one fails, the others must not run on outside the gate
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def update_weights(self, version: int, chunks: Chunks) -> None:
-        async with self._gate.closed():
+        async with self._gate.closed(self.pause):
             self.refusal = f"an update to weights version {version} was interrupted: load a published version"
-            await self._before_update()
             try:
-                await self._transfer(chunks)
-            except EngineDied:
+                await self._before_update()
+                await self._transfer_or_repeat(version, chunks)
+                await self._after_update(version)
+            except BaseException:  # cancelled too: what was kept must not wait for weights that may never come
+                self._gate.end_all(WeightSyncError(self.refusal))
                 raise
-            except Exception:  # whatever it was, half-updated layers must be loaded whole before anything runs
-                logger.exception("update to version %d failed half-way; trying once more", version)
-                await self._transfer(chunks)
-            await self._after_update(version)
             self.version, self.refusal = version, None
+
+    async def _transfer_or_repeat(self, version: int, chunks: Chunks) -> None:
+        try:
+            await self._transfer(chunks)
+        except EngineDied:
+            raise
+        except Exception:  # whatever it was, half-updated layers must be loaded whole before anything runs
+            logger.exception("update to version %d failed half-way; trying once more", version)
+            await self._transfer(chunks)
 
     async def _transfer(self, chunks: Chunks) -> None:
         await self._rpc("abandon_weight_update")
         await self._rpc("start_weight_update")
-        async for chunk in chunks():
-            await self._send(chunk)
+        async for part in chunks():
+            if isinstance(part, WeightChunk):
+                await self._send(part)
+            else:
+                await self._rpc("update_weights", update_info=part)
         await self._rpc("finish_weight_update")
 
     async def sleep(self) -> None:
         if not self._can_sleep or self._asleep:
             return
-        async with self._gate.closed():
+        async with self._gate.closed("finish"):
             self.refusal = "the engine sleeps and holds no weights: load a published version first"
             await self._sleep()  # level 2 drops the weights: new ones follow anyway, and host memory stays free
             self._asleep = {"weights", "kv_cache"}
@@ -201,8 +203,21 @@ class VllmEngine(ABC):
     async def _wake_up(self, tags: list[str]) -> None: ...
 
 
-def _raw(output: Any, version: int) -> RawOutput:
+def _raw(output: Any, first_version: int) -> RawOutput:
+    """first_version: of the weights the engine was started with, which vLLM calls "default"."""
     tokens = tuple(output.token_ids)
     each = [choices[token].logprob for token, choices in zip(tokens, output.logprobs, strict=True)]
     logprobs = np.asarray(each, dtype=np.float32)
-    return RawOutput(tokens, output.text, output.finish_reason, output.cumulative_logprob, logprobs, version)
+    versions = np.empty(len(tokens), dtype=np.int32)
+    for span in output.weight_versions:
+        versions[span.start : span.end] = first_version if span.version == "default" else int(span.version)
+    oldest = int(versions.min())
+    return RawOutput(
+        token_ids=tokens,
+        text=output.text,
+        finish_reason=output.finish_reason,
+        logprob=output.cumulative_logprob,
+        token_logprobs=logprobs,
+        version=oldest,
+        token_versions=None if oldest == versions.max() else versions,
+    )

@@ -17,6 +17,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from actors.engine_base import Engine, EngineDied, VllmEngine
+from actors.pause import Pause
 from actors.weight_transfer import BACKEND, EXTENSION
 from sppo_ray.config import Config
 from sppo_ray.templating import encoder_of
@@ -35,8 +36,8 @@ def start_engine(config: Config, model_path: str, version: int) -> Engine:
     tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=config.policy.trust_remote_code)
     stop_ids = encoder_of(tokenizer).stop_ids
     if kind == "async" or (kind == "auto" and on_gpu):
-        return AsyncEngine(engine_arguments(config, model_path), version, on_gpu, stop_ids)
-    return InProcessEngine(engine_arguments(config, model_path), version, on_gpu, stop_ids)
+        return AsyncEngine(engine_arguments(config, model_path), version, on_gpu, stop_ids, config.weights.pause)
+    return InProcessEngine(engine_arguments(config, model_path), version, on_gpu, stop_ids, config.weights.pause)
 
 
 def engine_arguments(config: Config, model_path: str) -> dict[str, Any]:
@@ -74,15 +75,22 @@ class InProcessEngine(VllmEngine):
     """LLMEngine driven by one thread of this process. The thread's queue orders requests, steps and updates."""
 
     def __init__(
-        self, arguments: dict[str, Any], version: int, can_sleep: bool = False, stop_ids: Sequence[int] = ()
+        self,
+        arguments: dict[str, Any],
+        version: int,
+        can_sleep: bool = False,
+        stop_ids: Sequence[int] = (),
+        pause: Pause = "finish",
     ) -> None:
-        super().__init__(version, can_sleep, stop_ids)
+        super().__init__(version, can_sleep, stop_ids, pause)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._llm: LLMEngine = self._thread.submit(
             lambda: LLMEngine.from_engine_args(EngineArgs(**arguments), enable_multiprocessing=False)
         ).result()
         self._waiting: dict[str, asyncio.Future[RequestOutput]] = {}
         self._stepping: asyncio.Task[None] | None = None
+        self._may_step = asyncio.Event()  # not during an update, after which kept requests go on
+        self._may_step.set()
         self._died: EngineDied | None = None
 
     async def _run(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -99,7 +107,8 @@ class InProcessEngine(VllmEngine):
                 self._stepping = asyncio.create_task(self._step_while_waited_for())
             return await future
         except asyncio.CancelledError:
-            await self._run(self._llm.abort_request, [request_id])
+            # Shielded: a second cancellation must not leave the request behind in vLLM.
+            await asyncio.shield(self._run(self._llm.abort_request, [request_id]))
             raise
         finally:
             self._waiting.pop(request_id, None)
@@ -107,6 +116,7 @@ class InProcessEngine(VllmEngine):
     async def _step_while_waited_for(self) -> None:
         try:
             while self._waiting:
+                await self._may_step.wait()
                 for output in await self._run(self._llm.step):
                     future = self._waiting.get(output.request_id)
                     if future is not None and not future.done():
@@ -127,11 +137,15 @@ class InProcessEngine(VllmEngine):
         await self._rpc("update_weights", update_info={"chunk": chunk})
 
     async def _before_update(self) -> None:
+        self._may_step.clear()
         await self._wake("weights")
 
     async def _after_update(self, version: int) -> None:
-        await self._run(self._llm.reset_prefix_cache)
+        # Kept requests go back to the queue: they prefill what they have so far again, under the new weights.
+        await self._run(self._llm.reset_prefix_cache, True)
+        await self._run(self._llm.set_weight_version, str(version))
         await self._wake("kv_cache")
+        self._may_step.set()
 
     async def _sleep(self) -> None:
         await self._run(self._llm.sleep, 2)
@@ -148,9 +162,14 @@ class AsyncEngine(VllmEngine):
     """AsyncLLM: the engine core in a process of its own (and one per tensor-parallel rank), on this host."""
 
     def __init__(
-        self, arguments: dict[str, Any], version: int, can_sleep: bool = True, stop_ids: Sequence[int] = ()
+        self,
+        arguments: dict[str, Any],
+        version: int,
+        can_sleep: bool = True,
+        stop_ids: Sequence[int] = (),
+        pause: Pause = "finish",
     ) -> None:
-        super().__init__(version, can_sleep, stop_ids)
+        super().__init__(version, can_sleep, stop_ids, pause)
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
     async def _request(self, prompt: list[int], params: SamplingParams, request_id: str) -> RequestOutput:
@@ -179,9 +198,9 @@ class AsyncEngine(VllmEngine):
     async def _before_update(self) -> None:
         if self._asleep:
             await self._wake("weights")
-        else:  # the gate has drained our groups; the pause also clears the caches
+        else:  # the gate has drained our groups, unless they are kept; clearing makes kept ones prefill again
             with _engine_death():
-                await self._llm.pause_generation(mode="wait", clear_cache=True)
+                await self._llm.pause_generation(mode="keep" if self.pause == "keep" else "wait", clear_cache=True)
 
     async def _after_update(self, version: int) -> None:
         with _engine_death():

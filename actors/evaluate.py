@@ -11,7 +11,8 @@ from rich.table import Table
 
 from actors.build import running
 from actors.cluster import connected
-from actors.policy_folder import local_folder, publish_policy
+from actors.policy_folder import local_folder
+from actors.publish import publish_folder
 from sppo_ray.config import Config
 from sppo_ray.layout import Layout
 from sppo_ray.metrics import read_metrics
@@ -31,10 +32,10 @@ def evaluate(config: Config, layout: Layout, checked: Preflight, policy: str, co
 
 async def _evaluate(config: Config, layout: Layout, checked: Preflight, policy: str, console: Console) -> None:
     console.print("starting the workers", highlight=False)
-    async with running(config, layout, checked.prompts.heldout, learn=False) as now:
+    async with running(config, layout, checked.prompts.heldout, slices=None) as now:
         console.print(f"sampling {len(checked.prompts.heldout)} held-out prompts from each policy", highlight=False)
         await now.evaluator.evaluate(0)
         folder = Path(local_folder(policy))
-        await asyncio.to_thread(publish_policy, now.hub, folder, VERSION, config.weights.chunk_mb << 20)
+        await asyncio.to_thread(publish_folder, config, now.hub, folder, VERSION)
         await now.rollout.load(VERSION)
         await now.evaluator.evaluate(VERSION)

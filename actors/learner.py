@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,15 @@ from actors.process import assignment, environment, redirect_output
 from sppo_ray.config import Config
 from sppo_ray.errors import LearnerError, SppoError, WorkerFailed
 from sppo_ray.layout import Assignment, Layout
-from sppo_ray.types import ReferenceTask, SaveTask, StopTask, TrainedIteration, TrainTask
+from sppo_ray.types import (
+    Publication,
+    PublishTask,
+    ReferenceTask,
+    SaveTask,
+    StopTask,
+    TrainedIteration,
+    TrainTask,
+)
 
 NAME = "learner"
 PROGRESS = "progress.json"
@@ -46,7 +56,7 @@ def learner_loop(settings: dict[str, Any]) -> None:
 def _loop(config: Config, buffer: Any, hub: Any, takes_turns: bool) -> None:
     """Rank 0 alone talks to the buffer and the hub (actor handles); all ranks do what it is told, in step."""
     # Imported here, in the worker: deepspeed and torch must see the worker's environment.
-    from actors.policy_folder import local_folder, publish_policy, write_policy
+    from actors.policy_folder import local_folder
     from actors.ranks import Ranks
     from actors.trainer_engine import TrainingEngine
 
@@ -56,6 +66,7 @@ def _loop(config: Config, buffer: Any, hub: Any, takes_turns: bool) -> None:
     source = local_folder(start.policy_dir)
     engine = TrainingEngine(config, source, ranks, takes_turns)
     step = _resume_within_iteration(engine, start.step)
+    outlet = _Outlet(config, buffer, hub, ranks, engine, source)
     engine.offload()
     placed = ranks.gather(assignment("learner", f"{NAME}-{ranks.rank}"))
     if ranks.first:
@@ -77,24 +88,63 @@ def _loop(config: Config, buffer: Any, hub: Any, takes_turns: bool) -> None:
                     ray.get(buffer.record_step.remote(metrics))
                 if config.learner.checkpoint_every and step % config.learner.checkpoint_every == 0:
                     _report(engine, step, within_iteration=True)
-            case SaveTask(iteration=iteration, version=version):
+            case PublishTask():
                 engine.reload()
-                folder = Path(config.run.dir) / f"iter_{iteration}" / "policy"
-                tensors = engine.consolidated_state()
-                if ranks.first:
-                    write_policy(folder, source, config.policy.dtype, tensors)
-                    checksum = publish_policy(hub, folder, version, config.weights.chunk_mb << 20)
-                else:
-                    for _ in tensors:  # take part in the gathering
-                        pass
-                engine.offload()
-                ranks.barrier()  # every rank has left its GPU before the rollouts are told to wake up
-                if ranks.first:
-                    trained = TrainedIteration(iteration, version, step, checksum, str(folder))
-                    ray.get(buffer.saved.remote(trained))
+                outlet.publish(task)
+            case SaveTask():
+                engine.reload()
+                outlet.save(task)
                 _report(engine, step, within_iteration=False)
             case StopTask():
                 return
+
+
+@dataclass(frozen=True, slots=True)
+class _Outlet:
+    """The way of one rank's weights out of the learner. Collective: all ranks call the same, rank 0 tells the others."""
+
+    config: Config
+    buffer: Any
+    hub: Any
+    ranks: Any
+    engine: Any
+    source: str  # folder the policy was started from
+
+    def publish(self, task: PublishTask) -> None:
+        """In the middle of a slice: the weights to the hub, and word of it to the buffer."""
+        from actors.publish import publish
+
+        probe = self.engine.probe(task.probe)
+        started, tensors = time.perf_counter(), self.engine.consolidated_state()
+        checksum = publish(self.config, self.hub, self.ranks, task.version, tensors, self.source)
+        seconds = time.perf_counter() - started
+        if self.ranks.first:
+            publication = Publication(task.version, task.step, task.iteration, False, checksum, seconds, probe)
+            ray.get(self.buffer.published.remote(publication))
+
+    def save(self, task: SaveTask) -> None:
+        """At the end of a slice: the policy to its folder, from there to the hub, and word of it to the buffer. Leaves the
+        engine offloaded."""
+        from actors.policy_folder import write_policy
+        from actors.publish import publish_folder
+
+        probe = self.engine.probe(task.probe)
+        folder = Path(self.config.run.dir) / f"iter_{task.iteration}" / "policy"
+        tensors, checksum, seconds = self.engine.consolidated_state(), "", 0.0
+        if self.ranks.first:
+            write_policy(folder, self.source, self.config.policy.dtype, tensors)
+            started = time.perf_counter()
+            checksum = publish_folder(self.config, self.hub, folder, task.version)
+            seconds = time.perf_counter() - started
+        else:
+            for _ in tensors:  # take part in the gathering
+                pass
+        self.engine.offload()
+        self.ranks.barrier()  # every rank has left its GPU before the rollouts are told to wake up
+        if self.ranks.first:
+            trained = TrainedIteration(task.iteration, task.version, task.step, checksum, str(folder))
+            publication = Publication(task.version, task.step, task.iteration, True, checksum, seconds, probe)
+            ray.get(self.buffer.saved.remote(trained, publication))
 
 
 def _resume_within_iteration(engine: Any, step: int) -> int:

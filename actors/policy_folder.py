@@ -1,4 +1,4 @@
-"""The saved policy: a Hugging Face folder, written as the weights arrive, and published from what was written."""
+"""The saved policy: a Hugging Face folder, written as the weights arrive."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-import ray
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sppo_ray.atomic import sync
-from sppo_ray.weight_chunks import Checksum, pack
 
 SHARD_BYTES = 4 << 30
 INDEX = "model.safetensors.index.json"
@@ -62,21 +59,6 @@ def read_policy(folder: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 - not a mapping
                 yield name, shard.get_tensor(name)
-
-
-def publish_policy(hub: Any, folder: Path, version: int, chunk_bytes: int) -> str:
-    """Hand a policy folder's weights to the weights hub as `version`; returns their checksum.
-
-    Read back from the folder, so that what is served is what is saved, and rank 0 never holds the whole model.
-    """
-    ray.get(hub.begin.remote(version))
-    checksum, count = Checksum(), 0
-    for chunk in pack(read_policy(folder), chunk_bytes):
-        checksum.update(chunk)
-        ray.get(hub.put_chunk.remote(version, count, chunk))
-        count += 1
-    ray.get(hub.commit.remote(version, checksum.hexdigest(), count))
-    return checksum.hexdigest()
 
 
 def _copy_small_files(source: Path, target: Path, dtype: str) -> None:

@@ -1,248 +1,188 @@
 """Worker pools: many actors behind the `Rollout` and `Judge` protocols of sppo_ray.protocols.
 
-A call goes to the least loaded worker that is up. Only receipts come back here; groups stay references (Ray returns
-values below about 100 kB to the caller anyway, which is cheap at that size). Generation and judging are deterministic, so
-a call lost with its worker is simply made again, here or on the restarted worker: the group is the same.
+Only receipts come back here; groups stay references (Ray returns values below about 100 kB to the caller anyway, which is
+cheap at that size). Workers may be added and removed while the pool is in use; actors/fleet.py does.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Mapping, Sequence
+import math
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from actors.weights import NAME as HUB
+from actors.weights import Published
+from actors.workers import Worker, Workers, call
+from actors.workers import failure as failure
 from sppo_ray.config import Config
-from sppo_ray.errors import WeightSyncError, WorkerFailed
+from sppo_ray.errors import SppoError, WeightSyncError, WorkerFailed
 from sppo_ray.layout import Assignment
 from sppo_ray.protocols import Handle
 from sppo_ray.types import Prompt, Sampling
 
-logger = logging.getLogger(__name__)
-
-ATTEMPTS = 3  # a call that three workers died of is taken for the cause of it
-RESTART_LIMIT_S = 900.0  # for a worker to come back; loading a large model takes minutes
-PATIENCE = 3  # refused pings before a worker is taken for gone: the first may still reach the process that died
+DRAIN_POLL_S = 0.1
 
 
-class _Worker:
-    """A worker as the driver sees it."""
+class Pool:
+    """The workers of one role, and how they come and go."""
 
-    def __init__(self, name: str, handle: ActorHandle) -> None:
-        self.name = name
-        self.handle = handle
-        self.load = 0  # calls in flight
-        self.returning: asyncio.Task[None] | None = None  # while it restarts
-        self.gone: BaseException | None = None  # why it never comes back
+    def __init__(self, workers: Mapping[str, ActorHandle]) -> None:
+        self._workers = Workers(workers)
+        self._changing = asyncio.Lock()  # who is in the pool, and which weights they serve
 
     @property
-    def up(self) -> bool:
-        return self.gone is None and self.returning is None
-
-
-class _Workers:
-    """Dispatch, failure and return of the workers of one role."""
-
-    def __init__(self, handles: Mapping[str, ActorHandle]) -> None:
-        if not handles:
-            raise ValueError("a pool needs at least one worker")
-        self.all = [_Worker(name, handle) for name, handle in handles.items()]
-
-    async def call(self, method: str, *args: Any) -> Any:
-        """Result of a call on some worker. Raises WorkerFailed, which begins with the worker's name."""
-        return await self._attempt(lambda bound: bound.remote(*args), method)
-
-    async def call_for_receipt(self, method: str, *args: Any) -> Handle:
-        """For methods that return (data, receipt): the reference of the first, the second itself."""
-
-        async def submit(bound: Any) -> Handle:
-            data, receipt = bound.options(num_returns=2).remote(*args)
-            return Handle(data, await receipt)
-
-        return await self._attempt(submit, method)  # type: ignore[no-any-return]
-
-    async def _attempt(self, submit: Any, method: str) -> Any:
-        for attempt in range(1, ATTEMPTS + 1):
-            worker = await self._least_loaded()
-            worker.load += 1
-            try:
-                return await submit(getattr(worker.handle, method))
-            except RayTaskError as error:  # first: one that carries a dead actor's error is not this worker's death
-                raise failure(worker.name, error) from error
-            except RayActorError as error:
-                self.lost(worker, error)
-                if attempt == ATTEMPTS:
-                    raise WorkerFailed(
-                        f"{worker.name}: the actor died in {method}, attempt {ATTEMPTS} of {ATTEMPTS} ({error}). "
-                        f"Its log is logs/{worker.name}.log in the run directory."
-                    ) from error
-            except RayError as error:
-                raise failure(worker.name, error) from error
-            finally:
-                worker.load -= 1
-        raise AssertionError("unreachable")
-
-    async def _least_loaded(self) -> _Worker:
-        while True:
-            ready = [worker for worker in self.all if worker.up]
-            if ready:
-                return min(ready, key=lambda worker: worker.load)
-            returning = [worker.returning for worker in self.all if worker.returning is not None]
-            if not returning:
-                worker = self.all[0]
-                raise WorkerFailed(
-                    f"{worker.name}: the actor is dead and is not restarted, and no other worker is left ({worker.gone})"
-                ) from worker.gone
-            await asyncio.wait(returning, return_when=asyncio.FIRST_COMPLETED)
-
-    def lost(self, worker: _Worker, error: BaseException) -> None:
-        """Take a worker out until it answers again."""
-        if worker.up:
-            logger.warning("%s is lost (%s); waiting for its restart", worker.name, str(error).splitlines()[0])
-            worker.returning = asyncio.create_task(self._until_it_returns(worker))
-
-    async def _until_it_returns(self, worker: _Worker) -> None:
-        """Ping until it serves (a rollout worker has then caught up with the hub) or is known to be gone."""
-        deadline = asyncio.get_running_loop().time() + RESTART_LIMIT_S
-        refused = 0
-        try:
-            while True:
-                try:
-                    await worker.handle.ping.remote()
-                    logger.warning("%s is back", worker.name)
-                    return
-                except ActorUnavailableError as error:
-                    last: RayError = error
-                except ActorDiedError as error:
-                    last, refused = error, refused + 1
-                except RayError as error:
-                    last, refused = error, PATIENCE  # it answers, but cannot serve
-                if refused >= PATIENCE or asyncio.get_running_loop().time() > deadline:
-                    worker.gone = last
-                    logger.error("%s does not come back: %s", worker.name, last)
-                    return
-                await asyncio.sleep(0.5)
-        finally:
-            worker.returning = None
-
-    async def on_each(self, method: str, *args: Any) -> dict[str, Any]:
-        """The method's result on every worker, by name. Raises WorkerFailed."""
-        results = await asyncio.gather(*(self.on(worker, method, *args) for worker in self.all))
-        return dict(zip((worker.name for worker in self.all), results, strict=True))
-
-    async def on(self, worker: _Worker, method: str, *args: Any) -> Any:
-        """A call on this very worker; tried once more after its restart."""
-        for last_try in (False, True):
-            if worker.returning is not None:
-                await asyncio.wait([worker.returning])
-            if worker.gone is not None:
-                raise failure(worker.name, worker.gone) from worker.gone
-            try:
-                return await getattr(worker.handle, method).remote(*args)
-            except RayTaskError as error:
-                raise failure(worker.name, error) from error
-            except RayActorError as error:
-                self.lost(worker, error)
-                if last_try:
-                    raise failure(worker.name, error) from error
-            except RayError as error:
-                raise failure(worker.name, error) from error
-        raise AssertionError("unreachable")
-
-
-def failure(name: str, error: BaseException) -> WorkerFailed:
-    """What the user reads: the actor's name, then its own error, then (as a note) the traceback inside the actor."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    text = str(cause).strip()
-    text = text.removeprefix(f"{name}:").strip()  # errors of rollout workers begin with their name already
-    failed = WorkerFailed(f"{name}: {type(cause).__name__}: {text}")
-    if isinstance(error, RayTaskError):
-        failed.add_note(str(error))
-    return failed
-
-
-async def call(actor: ActorHandle, name: str, method: str, *args: Any) -> Any:
-    """One call on one actor, not tried again. Raises WorkerFailed, which begins with `name`."""
-    try:
-        return await getattr(actor, method).remote(*args)
-    except RayError as error:
-        raise failure(name, error) from error
-
-
-class RolloutPool:
-    """`sppo_ray.protocols.Rollout` over RolloutWorker actors."""
-
-    def __init__(self, config: Config, workers: Mapping[str, ActorHandle], hub: ActorHandle) -> None:
-        """`workers` by actor name."""
-        self._timeout_s = config.weights.timeout_s
-        self._workers = _Workers(workers)
-        self._hub = hub
+    def names(self) -> list[str]:
+        """Workers that get calls, or will again after a restart."""
+        return [worker.name for worker in self._workers.all]
 
     async def ready(self) -> None:
         """Returns when every worker serves; raises WorkerFailed for one that could not start."""
         await self._workers.on_each("ping")
 
-    async def generate(self, prompt: Prompt, sampling: Sampling, iteration: int) -> Handle:
-        return await self._workers.call_for_receipt("generate", prompt, sampling, iteration)
+    async def add(self, name: str, actor: ActorHandle) -> None:
+        """Take a newcomer in once it serves. Raises WorkerFailed or WeightSyncError; it is not in the pool then."""
+        await call(actor, name, "ping")  # minutes for a large model, in which the pool may go on loading weights
+        async with self._changing:
+            newcomer = Worker(name, actor)
+            await self._prepare(newcomer)
+            self._workers.all.append(newcomer)
 
-    async def load(self, version: int) -> None:
-        """All workers at once, within the time limit. Raises WeightSyncError naming each worker that does not serve it."""
-        published = await call(self._hub, HUB, "current")
-        if published is None or published.version != version:
-            has = "nothing" if published is None else f"version {published.version}"
-            raise WeightSyncError(f"weights: version {version} was to be loaded but {has} is published")
-        checksums = await self._within_limit({w.name: self._workers.on(w, "load", version) for w in self._workers.all})
-        wrong = [f"{name} has {got}" for name, got in checksums.items() if got != published.checksum]
-        if wrong:
-            raise WeightSyncError(
-                f"weights version {version} was published with checksum {published.checksum}, but {', '.join(wrong)}"
-            )
+    async def _prepare(self, newcomer: Worker) -> None:
+        """What a newcomer needs before its first call."""
 
-    async def _within_limit(self, calls: Mapping[str, Awaitable[str]]) -> dict[str, str]:
-        tasks = {name: asyncio.ensure_future(call) for name, call in calls.items()}
-        try:
-            _, late = await asyncio.wait(tasks.values(), timeout=self._timeout_s)
-        finally:
-            for task in tasks.values():
-                task.cancel()  # nothing for those that are done
-        problems = [f"{name}: no answer in {self._timeout_s:g} s" for name, task in tasks.items() if task in late]
-        finished = {name: task for name, task in tasks.items() if task not in late}
-        errors = [error for task in finished.values() if (error := task.exception()) is not None]
-        problems += [str(error) for error in errors]
-        if problems:
-            failed = WeightSyncError("weights did not reach every worker. " + "; ".join(problems))
-            for note in (note for error in errors for note in getattr(error, "__notes__", ())):
-                failed.add_note(note)  # the tracebacks inside the workers
-            raise failed
-        return {name: task.result() for name, task in finished.items()}
-
-    async def sleep(self) -> None:
-        await self._workers.on_each("sleep")
+    async def remove(self, name: str) -> ActorHandle:
+        """No new calls for a worker; returns its actor when its running ones are done. ValueError for the last worker."""
+        async with self._changing:
+            worker = self._workers.retire(name)
+        while worker.load:
+            await asyncio.sleep(DRAIN_POLL_S)
+        return worker.handle
 
     async def where(self) -> list[Assignment]:
         """Where every worker is."""
         return list((await self._workers.on_each("where")).values())
 
     async def stats(self) -> dict[str, dict[str, Any]]:
-        """RolloutWorker.stats by worker."""
+        """RolloutWorker.stats or JudgeWorker.stats by worker."""
         return await self._workers.on_each("stats")
 
 
-class JudgePool:
+class RolloutPool(Pool):
+    """`sppo_ray.protocols.Rollout` over RolloutWorker actors."""
+
+    def __init__(
+        self, config: Config, workers: Mapping[str, ActorHandle], hub: ActorHandle, all_at_once: bool = True
+    ) -> None:
+        """`workers` by actor name. all_at_once: `load` updates every worker at the same time, for where nobody samples
+        meanwhile (sync, or workers that take turns with the learner); else a share of them, `weights.at_once`."""
+        super().__init__(workers)
+        self._in_flight = config.rollout.in_flight
+        self._timeout_s = config.weights.timeout_s
+        self._share = 1.0 if all_at_once else config.weights.at_once
+        self._hub = hub
+
+    @property
+    def slots(self) -> int:
+        up = sum(worker.up for worker in self._workers.all)
+        return self._in_flight * max(1, up)  # while all restart, calls wait for the first that returns
+
+    async def generate(
+        self, prompt: Prompt, sampling: Sampling, iteration: int, epoch: int = 0, protected: bool = False
+    ) -> Handle:
+        return await self._workers.call_for_receipt("generate", prompt, sampling, iteration, epoch, protected)
+
+    async def score(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
+        logprobs: np.ndarray = await self._workers.call("score", prompt_ids, response_ids)
+        return logprobs
+
+    async def load(self, version: int) -> dict[str, dict[str, Any]]:
+        """Returns version, checksum and seconds by worker. Each worker's own load has the time limit `weights.timeout_s`.
+
+        Raises WeightSyncError naming each worker that does not serve the weights. If a later version is published
+        meanwhile, the workers whose turn comes then take that one.
+        """
+        async with self._changing:
+            await self._published(version)
+            workers = list(self._workers.all)
+            turns = asyncio.Semaphore(max(1, math.floor(self._share * len(workers))))
+
+            async def in_turn(worker: Worker) -> dict[str, Any]:
+                async with turns:
+                    return await self._serve(worker, version)
+
+            results = await asyncio.gather(*map(in_turn, workers), return_exceptions=True)
+        _raise_together([result for result in results if isinstance(result, BaseException)])
+        return {w.name: figures for w, figures in zip(workers, results, strict=True) if isinstance(figures, dict)}
+
+    async def _prepare(self, newcomer: Worker) -> None:
+        """It caught up with the hub when it started; what was published since would be missed."""
+        published = await call(self._hub, HUB, "current")
+        if published is not None:
+            await self._serve(newcomer, published.version)
+
+    async def _serve(self, worker: Worker, version: int) -> dict[str, Any]:
+        """One worker's load of this version or a later one, with its figures."""
+        began = time.perf_counter()
+        worker.loading = True
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                published, checksum = await self._load_newest(worker, version)
+        except TimeoutError:
+            raise WeightSyncError(f"{worker.name}: no answer in {self._timeout_s:g} s") from None
+        finally:
+            worker.loading = False
+        if checksum != published.checksum:
+            raise WeightSyncError(
+                f"{worker.name}: has checksum {checksum}, but version {published.version} was published with checksum "
+                f"{published.checksum}"
+            )
+        return {"version": published.version, "checksum": checksum, "seconds": time.perf_counter() - began}
+
+    async def _load_newest(self, worker: Worker, version: int) -> tuple[Published, str]:
+        while True:
+            published = await self._published(version)
+            try:
+                return published, await self._workers.on(worker, "load", published.version)
+            except WorkerFailed:
+                # Workers refuse a version that the hub holds no longer: the learner may have published in between.
+                if (await self._published(version)).version == published.version:
+                    raise
+
+    async def _published(self, version: int) -> Published:
+        """What the hub holds, which is at least `version`."""
+        published: Published | None = await call(self._hub, HUB, "current")
+        if published is None or published.version < version:
+            has = "nothing" if published is None else f"version {published.version}"
+            raise WeightSyncError(f"weights: version {version} was to be loaded but {has} is published")
+        return published
+
+    async def sleep(self) -> None:
+        await self._workers.on_each("sleep")
+
+
+def _raise_together(errors: Sequence[BaseException]) -> None:
+    """One WeightSyncError of all workers' problems; anything that is not such a problem is raised as it is."""
+    for error in errors:
+        if not isinstance(error, SppoError):
+            raise error
+    if errors:
+        failed = WeightSyncError("weights did not reach every worker. " + "; ".join(map(str, errors)))
+        for note in (note for error in errors for note in getattr(error, "__notes__", ())):
+            failed.add_note(note)  # the tracebacks inside the workers
+        raise failed
+
+
+class JudgePool(Pool):
     """`sppo_ray.protocols.Judge` over JudgeWorker actors."""
 
     def __init__(self, config: Config, workers: Mapping[str, ActorHandle]) -> None:
         """`workers` by actor name. `config` is unused: both pools are built alike."""
-        self._workers = _Workers(workers)
-
-    async def ready(self) -> None:
-        """Returns when every worker serves; raises WorkerFailed for one that could not start."""
-        await self._workers.on_each("ping")
+        super().__init__(workers)
 
     async def judge(self, group: Handle) -> Handle:
         return await self._workers.call_for_receipt("judge", group.ref, group.receipt)
@@ -251,11 +191,3 @@ class JudgePool:
         """Float32 [K, K] logits of any texts, for evaluation."""
         scores: np.ndarray = await self._workers.call("score", source, list(candidates))
         return scores
-
-    async def where(self) -> list[Assignment]:
-        """Where every worker is."""
-        return list((await self._workers.on_each("where")).values())
-
-    async def stats(self) -> dict[str, dict[str, Any]]:
-        """JudgeWorker.stats by worker."""
-        return await self._workers.on_each("stats")

@@ -9,20 +9,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, NoReturn, get_args
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
+from actors.policy_folder import read_policy
 from actors.process import assignment, redirect_output
 from actors.weights import Published
 from sppo_ray.config import Config
-from sppo_ray.errors import SppoError, WeightSyncError
+from sppo_ray.errors import GroupAborted, SppoError, WeightSyncError
 from sppo_ray.layout import Assignment
 from sppo_ray.types import FinishReason, Prompt, Receipt, Response, ResponseGroup, Sampling
-from sppo_ray.weight_chunks import Checksum, WeightChunk
+from sppo_ray.weight_chunks import Checksum, WeightChunk, pack
+
+if TYPE_CHECKING:
+    from actors.engine_base import RawOutput
 
 logger = logging.getLogger(__name__)
 
@@ -61,17 +66,24 @@ class RolloutWorker:
             raise WeightSyncError(f"{self.name}: the weights hub did not answer at start: {error}") from error
         return published if published is not None and published.version > version else None
 
-    async def generate(self, prompt: Prompt, sampling: Sampling, iteration: int) -> tuple[ResponseGroup, Receipt]:
+    async def generate(
+        self, prompt: Prompt, sampling: Sampling, iteration: int, epoch: int = 0, protected: bool = False
+    ) -> tuple[ResponseGroup, Receipt]:
         """Sample one group. Call with num_returns=2: the group goes to a judge, the receipt to the driver.
 
-        Raises WeightSyncError when no complete weights are loaded, ValueError for a prompt the engine refuses.
+        Raises WeightSyncError when no complete weights are loaded, ValueError for a prompt the engine refuses, and
+        GroupAborted when an update ended the group (`weights.pause=abort`): never if `protected`.
         """
         await self._catch_up()
         try:
-            outputs = await self._engine.generate(prompt.token_ids.tolist(), sampling)
+            outputs = await self._engine.generate(prompt.token_ids.tolist(), sampling, protected)
+        except GroupAborted as error:
+            raise GroupAborted(f"{self.name}: prompt {prompt.prompt_id!r}: {error}") from error
         except SppoError as error:
             self._exit_if_engine_died(error)
             raise WeightSyncError(f"{self.name}: {error}") from error
+        every_token = [_token_versions(output) for output in outputs]
+        start, end = min(int(v.min()) for v in every_token), max(int(v.max()) for v in every_token)
         responses = tuple(
             Response(
                 token_ids=np.asarray(output.token_ids, dtype=np.int32),
@@ -80,12 +92,24 @@ class RolloutWorker:
                 logprob=float(output.logprob),
                 token_logprobs=output.token_logprobs,
                 seed=seed,
+                token_versions=None if start == end else versions,
             )
-            for output, seed in zip(outputs, sampling.seeds, strict=True)
+            for output, versions, seed in zip(outputs, every_token, sampling.seeds, strict=True)
         )
-        versions = [output.version for output in outputs]
-        group = ResponseGroup(prompt, iteration, responses, min(versions), max(versions), self.name)
+        group = ResponseGroup(prompt, iteration, responses, start, end, self.name, epoch)
         return group, self._count(group)
+
+    async def score(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
+        """float32 [T], nats: log pi(y_t | x, y_<t), full softmax at temperature 1, under the weights served.
+
+        prompt_ids int32 [P], response_ids int32 [T]; together at most the engine's context. Raises as generate does.
+        """
+        await self._catch_up()
+        try:
+            return await self._engine.score(prompt_ids.tolist(), response_ids.tolist())
+        except SppoError as error:
+            self._exit_if_engine_died(error)
+            raise WeightSyncError(f"{self.name}: {error}") from error
 
     def _finish_reason(self, reason: str, prompt: Prompt) -> FinishReason:
         if reason not in get_args(FinishReason):
@@ -97,7 +121,9 @@ class RolloutWorker:
         truncated = sum(response.finish_reason == "length" for response in group.responses)
         for key, amount in zip(self._counts, (1, len(group.responses), tokens, truncated), strict=True):
             self._counts[key] += amount
-        return Receipt(group.prompt.prompt_id, self.name, tokens, truncated, group.version_end)
+        return Receipt(
+            group.prompt.prompt_id, self.name, tokens, truncated, group.version_start, group.iteration, group.epoch
+        )
 
     async def load(self, version: int) -> str:
         """Serve the published `version`; wakes a sleeping engine. Returns the checksum of what was received.
@@ -136,8 +162,12 @@ class RolloutWorker:
         if same and engine.refusal is None:
             return
         try:
-            await self._verify(published)
-            await engine.update_weights(published.version, lambda: _chunks(published.chunk_refs))
+            broadcast = (published.broadcast or {}).get(self.name)
+            if broadcast is not None:  # checked by its receivers, on arrival
+                await engine.update_weights(published.version, _once(broadcast))
+            else:
+                await self._verify(published)
+                await engine.update_weights(published.version, lambda: self._chunks(published))
         except WeightSyncError:
             raise
         except Exception as error:  # whatever vLLM or the object store raised, the caller must learn who failed at what
@@ -151,13 +181,24 @@ class RolloutWorker:
     async def _verify(self, published: Published) -> None:
         """A first pass over the chunks, one in memory at a time."""
         checksum = Checksum()
-        async for chunk in _chunks(published.chunk_refs):
+        async for chunk in self._chunks(published):
             await asyncio.to_thread(checksum.update, chunk)
+            del chunk  # before the next one is made
         if checksum.hexdigest() != published.checksum:
             raise WeightSyncError(
                 f"{self.name}: weights version {published.version} arrived with checksum {checksum.hexdigest()} but "
                 f"were published with {published.checksum}; they are not loaded. Publish them again."
             )
+
+    async def _chunks(self, published: Published) -> AsyncIterator[WeightChunk]:
+        """From the object store, or read from the folder: one in memory at a time."""
+        for ref in published.chunk_refs:
+            yield await ref
+        if published.folder is not None:
+            packed = pack(read_policy(Path(published.folder)), self._config.weights.chunk_mb << 20)
+            while (chunk := await asyncio.to_thread(next, packed, None)) is not None:
+                yield chunk
+                del chunk
 
     def _exit_if_engine_died(self, error: BaseException) -> None:
         from actors.engines import EngineDied
@@ -198,6 +239,20 @@ class RolloutWorker:
         await self._engine.shutdown()
 
 
-async def _chunks(refs: Sequence[ray.ObjectRef]) -> AsyncIterator[WeightChunk]:
-    for ref in refs:
-        yield await ref
+def _token_versions(output: RawOutput) -> np.ndarray:
+    """int32 [T]"""
+    if output.token_versions is not None:
+        return output.token_versions
+    return np.full(len(output.token_ids), output.version, dtype=np.int32)
+
+
+def _once(broadcast: Mapping[str, Any]) -> Callable[[], AsyncIterator[Mapping[str, Any]]]:
+    """The passes over a broadcast: there is one, because the learner sends once."""
+    passes = [broadcast]
+
+    async def passing() -> AsyncIterator[Mapping[str, Any]]:
+        if not passes:
+            raise WeightSyncError("the broadcast failed half-way and is not repeated; the worker's log has the error")
+        yield passes.pop()
+
+    return passing

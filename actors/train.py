@@ -13,13 +13,16 @@ from rich.console import Console
 
 from actors.build import Running, running
 from actors.cluster import connected
+from actors.fleet import Fleet
 from sppo_ray.config import Config
 from sppo_ray.layout import Layout
 from sppo_ray.ledger import Ledger
 from sppo_ray.preflight import Preflight
 from sppo_ray.progress import RunProgress
+from sppo_ray.progress_async import AsyncProgress
 from sppo_ray.run_dir import claimed, update_manifest
-from sppo_ray.schedules import synchronous
+from sppo_ray.schedules import asynchronous, synchronous
+from sppo_ray.step_plan import StepPlan
 
 
 def train(config: Config, layout: Layout, checked: Preflight, console: Console) -> None:
@@ -47,20 +50,37 @@ async def _train(config: Config, layout: Layout, checked: Preflight, console: Co
     assert task is not None
     # After ray.init(), which installs a handler of its own: `ray job stop` sends SIGTERM, and the actors end with us.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    with RunProgress(console, config.schedule.iterations) as progress:
+    with _display(config, checked, console) as progress:
         progress.say("starting the workers")
-        async with running(config, layout, checked.prompts.heldout) as now:
-            await _first_of(_schedule(now, config, checked, progress), _follow(now, progress))
+        async with running(config, layout, checked.prompts.heldout, checked.prompts.slices) as now:
+            await _first_of(_schedule(now, config, checked, progress), *_followers(now, config, progress))
+
+
+def _display(config: Config, checked: Preflight, console: Console) -> RunProgress:
+    if config.schedule.mode == "sync":
+        return RunProgress(console, config.schedule.iterations)
+    return AsyncProgress(console, StepPlan(config, [len(part) for part in checked.prompts.slices]))
 
 
 async def _schedule(now: Running, config: Config, checked: Preflight, progress: RunProgress) -> None:
     if now.done:
         progress.resumed(now.done)
-    start = now.done.iteration if now.done else 0
+    start, slices = now.done.iteration if now.done else 0, checked.prompts.slices
+    if config.schedule.mode == "async":
+        await asynchronous.run(now.system, slices, config, progress, start, now.version)
+        return
     try:
-        await synchronous.run(now.system, checked.prompts.slices, config, progress, start)
+        await synchronous.run(now.system, slices, config, progress, start)
     except ExceptionGroup as group:  # of the lanes that sample and judge: the first to fail is the cause
         raise group.exceptions[0] from None
+
+
+def _followers(now: Running, config: Config, progress: RunProgress) -> list[Coroutine[Any, Any, None]]:
+    """What goes on beside the schedule, for as long as it does."""
+    followers = [_follow(now, progress)]
+    if config.schedule.mode == "async":
+        followers.append(Fleet(config, now.rollout, now.judge, now.create, now.buffer.record, progress.say).follow())
+    return followers
 
 
 async def _follow(now: Running, progress: RunProgress) -> None:

@@ -1,4 +1,4 @@
-"""DeepSpeed around one policy: reference log-probabilities, optimizer steps, consolidated weights, checkpoints.
+"""DeepSpeed around one policy: log-probabilities, optimizer steps, consolidated weights, checkpoints.
 
 Every method is collective: all ranks call it, with the same arguments.
 """
@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import deepspeed
 import numpy as np
@@ -20,16 +19,21 @@ import torch
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from torch import Tensor
 
+from actors import train_metrics
+from actors.consolidate import consolidated
 from actors.ranks import Ranks
+from actors.snapshot import Snapshot, as_published
 from actors.trainer_setup import GradNorm, build_optimizer, deepspeed_config, load_policy
-from sppo_ray.batching import PADDING, MicroBatch, collate, projection_chunks, split, truncate
+from sppo_ray.batching import PADDING, MicroBatch, Truncation, collate, deal, truncate
 from sppo_ray.config import Config
 from sppo_ray.errors import LearnerError
-from sppo_ray.losses import LOSSES, winner_and_loser
+from sppo_ray.losses import LOSSES, lag_weight
 from sppo_ray.lr_schedule import learning_rate
-from sppo_ray.types import TrainingExample, TrainTask
+from sppo_ray.reference import behavior_logps, refreshes_snapshot
+from sppo_ray.types import Probe, TrainingExample, TrainTask
 
 CHECKPOINT_TAG = "state"
+T = TypeVar("T")
 
 
 class TrainingEngine:
@@ -40,6 +44,7 @@ class TrainingEngine:
         self.config = config
         self.ranks = ranks
         self.takes_turns = takes_turns
+        self.saved_dtype: torch.dtype = getattr(torch, config.policy.dtype)
         if config.cluster.gpus > 0:
             # DeepSpeed takes the device from LOCAL_RANK; Ray Train has already set it from the GPU ids it was granted.
             os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
@@ -52,18 +57,35 @@ class TrainingEngine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_config(config, ranks.world)
         )
+        self.snapshot = Snapshot(self.engine, self.saved_dtype)  # the frozen reference, if one is asked for
 
     def reference(self, examples: Sequence[TrainingExample]) -> list[tuple[float, ...]]:
         """Log-probabilities (nats) of all examples' responses under the current weights, as truncated for training."""
         self.round_weights()
-        kept, _ = self._truncate(examples)
-        mine: list[tuple[int, tuple[float, ...]]] = []
-        with torch.no_grad():
+        return self._all_logps(self._truncate(examples)[0])
+
+    def probe(self, examples: Sequence[TrainingExample]) -> Probe | None:
+        """Log-probabilities of every token of all responses under the current weights as they are published (rounded),
+        to compare with the rollout engine's. Examples that do not fit in learner.max_length are left out; None if none is
+        left."""
+        kept = [e for e, cut in zip(examples, self._cut(examples), strict=True) if not cut[1].any]
+        if not kept:
+            return None
+        mine: list[tuple[int, list[np.ndarray]]] = []
+        with torch.no_grad(), as_published(self.engine, self.saved_dtype):
             for rows, batch, chunks in self._micro_batches(kept):
-                logps = self._logps(batch, chunks).tolist()
-                mine += [(int(row), tuple(values)) for row, values in zip(rows, logps, strict=True) if row != PADDING]
-        found = dict(pair for part in self.ranks.gather(mine) for pair in part)
-        return [found[row] for row in range(len(examples))]
+                found = self._forward(batch, chunks, per_token=True).cpu().numpy()
+                tokens = [values[mask] for values, mask in zip(found, batch.response_mask, strict=True)]
+                responses = batch.p_hat.shape[1]
+                mine += [
+                    (int(row), tokens[r * responses :][:responses]) for r, row in enumerate(rows) if row != PADDING
+                ]
+        logprobs = self._in_order(mine)
+        return Probe(
+            prompt_ids=tuple(e.prompt_ids for e in kept for _ in e.response_ids),
+            response_ids=tuple(ids for e in kept for ids in e.response_ids),
+            logprobs=tuple(values for of_example in logprobs for values in of_example),
+        )
 
     def step(self, task: TrainTask) -> dict[str, float]:
         """One update on one global batch; the metrics are exact over it.
@@ -75,15 +97,17 @@ class TrainingEngine:
             self.restart_optimizer()
         rate = self._set_learning_rate(task)
         examples, truncated = self._truncate(task.examples)
-        tally, not_finite = self._backward(examples)
-        parts = self.ranks.gather((tally, not_finite))
+        examples = self._with_reference(task, examples)
+        sums, not_finite = self._backward(examples)
+        parts = self.ranks.gather((sums, not_finite))
         self._refuse_not_finite(task, sorted({prompt_id for _, ids in parts for prompt_id in ids}))
         self.engine.step()
         return {
             "step": task.step + 1,
             "iteration": task.iteration,
-            **{name: sum(part[name] for part, _ in parts) / len(examples) for name in tally},
-            **_length_metrics(examples, time.perf_counter() - started),
+            **train_metrics.means([part for part, _ in parts], examples),
+            **(train_metrics.staleness_metrics(examples) if self._may_be_stale else {}),
+            **train_metrics.length_metrics(examples, time.perf_counter() - started),
             "grad_norm": self._finite_grad_norm(task),
             "learning_rate": rate,
             "truncated_share": truncated / len(examples),
@@ -102,26 +126,15 @@ class TrainingEngine:
 
     def round_weights(self) -> None:
         """Round the weights to the precision the policy is saved and served in (nothing where they already have it)."""
-        saved = getattr(torch, self.config.policy.dtype)
         with torch.no_grad():
             for parameter in self.engine.module.parameters():
                 # Under ZeRO-3 ds_tensor is this rank's part; `data` is empty, or whole for small, always-gathered ones.
                 for part in (parameter.data, getattr(parameter, "ds_tensor", parameter.data)):
-                    part.copy_(part.to(saved))
+                    part.copy_(part.to(self.saved_dtype))
 
     def consolidated_state(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor on the CPU in the saved precision) on rank 0; tied weights come once.
-
-        The other ranks get nothing but must exhaust it too: under ZeRO-3 each layer is gathered by all.
-        """
-        saved = getattr(torch, self.config.policy.dtype)
-        named = [(name.removeprefix("lm."), p) for name, p in self.engine.module.named_parameters()]
-        for _, layer in groupby(named, key=lambda item: _layer_of(item[0])):
-            members = list(layer)
-            zero3 = self.config.learner.zero_stage == 3
-            with deepspeed.zero.GatheredParameters([p for _, p in members], enabled=zero3):
-                whole = [(name, p.detach().to("cpu", saved, copy=True)) for name, p in members if self.ranks.first]
-            yield from whole
+        """As `consolidated`, in the saved precision: rank 0 gets the tensors, all ranks must exhaust it."""
+        return consolidated(self.engine.module, self.saved_dtype, self.ranks, self.config.learner.zero_stage)
 
     def offload(self) -> None:
         """Free the GPU until `reload`. Nothing where the learner has the GPU, or the CPU, to itself."""
@@ -143,14 +156,17 @@ class TrainingEngine:
         return f"{self.ranks.world} ranks, ZeRO {self.config.learner.zero_stage}"
 
     def save_checkpoint(self, folder: Path) -> None:
-        """DeepSpeed's state of this rank, weights included, to resume within an iteration on as many ranks."""
+        """DeepSpeed's state of this rank, weights included, to resume within an iteration on as many ranks; and the frozen
+        reference where one is in use."""
         self.engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+        self.snapshot.save(folder, self.ranks.rank)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Raises LearnerError when the folder holds no such state."""
         found, _ = self.engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
         if found is None:
             raise LearnerError(f"{folder} holds no DeepSpeed state to resume from: remove it to restart the iteration.")
+        self.snapshot.load(folder, self.ranks.rank)
 
     # Inside.
 
@@ -160,48 +176,84 @@ class TrainingEngine:
         base: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return base
 
-    def _backward(self, examples: Sequence[TrainingExample]) -> tuple[dict[str, float], list[str]]:
+    @property
+    def _may_be_stale(self) -> bool:
+        return self.config.schedule.mode == "async"
+
+    def _with_reference(self, task: TrainTask, examples: list[TrainingExample]) -> list[TrainingExample]:
+        """The (truncated) batch with reference log-probabilities: those of its slice if they were computed beforehand, as
+        in sync; else those recorded at sampling, or the frozen copy's."""
+        if all(e.reference_logps is not None for e in examples):
+            return examples
+        if self.config.reference == "behavior":
+            return [replace(e, reference_logps=behavior_logps(e)) for e in examples]
+        if refreshes_snapshot(task, self.config.objective.snapshot_every):
+            self.snapshot.refresh()
+        with self.snapshot.in_place():
+            logps = self._all_logps(examples)
+        return [replace(e, reference_logps=values) for e, values in zip(examples, logps, strict=True)]
+
+    def _all_logps(self, examples: Sequence[TrainingExample]) -> list[tuple[float, ...]]:
+        """M log-probabilities (nats) of each example, without gradients, in the examples' order on every rank."""
+        mine: list[tuple[int, tuple[float, ...]]] = []
+        with torch.no_grad():
+            for rows, batch, chunks in self._micro_batches(examples):
+                logps = self._logps(batch, chunks).tolist()
+                mine += [(int(row), tuple(values)) for row, values in zip(rows, logps, strict=True) if row != PADDING]
+        return self._in_order(mine)
+
+    def _in_order(self, mine: list[tuple[int, T]]) -> list[T]:
+        """All ranks' (index into the batch, value), as values in the batch's order."""
+        found = dict(pair for part in self.ranks.gather(mine) for pair in part)
+        return [found[row] for row in range(len(found))]
+
+    def _backward(self, examples: Sequence[TrainingExample]) -> tuple[train_metrics.Sums, list[str]]:
         """Accumulate the gradient of the batch's mean loss; this rank's sums of the metrics, and the prompt ids of its
         non-finite losses."""
-        loss_of, eta = LOSSES[self.config.objective.loss], self.config.objective.eta
-        tally: defaultdict[str, float] = defaultdict(float)
+        objective = self.config.objective
+        sums: train_metrics.Sums = {}
         not_finite: list[str] = []
         for rows, batch, chunks in self._micro_batches(examples):
-            arrays = (batch.reference, batch.p_hat, batch.p_pair, batch.weight)
-            reference, p_hat, p_pair, weight = (self._tensor(a) for a in arrays)
-            loss, metrics = loss_of(self._logps(batch, chunks) - reference, p_hat, p_pair, eta)
+            arrays = (batch.reference, batch.p_hat, batch.p_pair, batch.weight, batch.staleness)
+            reference, p_hat, p_pair, weight, staleness = (self._tensor(a) for a in arrays)
+            delta = self._logps(batch, chunks) - reference
+            loss, metrics = LOSSES[objective.loss](delta, p_hat, p_pair, objective.eta, objective.target_clip)
+            loss = loss * lag_weight(staleness, objective.lag_discount)
             # DeepSpeed averages gradients over ranks; times `world` that is their sum, and over the real number of
             # examples the mean over the global batch, however it was dealt. Padding rows weigh 0.
             self.engine.backward((loss * weight).sum() * (self.ranks.world / len(examples)))
             loss = loss.detach()
-            for name, values in ({"loss": loss} | metrics).items():
-                tally[name] += (values * weight).double().sum().item()
+            train_metrics.add(sums, {"loss": loss} | metrics, weight, staleness if self._may_be_stale else None)
             bad = (~torch.isfinite(loss) & (weight > 0)).cpu().numpy()
             not_finite += [examples[row].prompt_id for row in rows[bad]]
-        return dict(tally), not_finite
+        return sums, not_finite
 
     def _truncate(self, examples: Sequence[TrainingExample]) -> tuple[list[TrainingExample], int]:
         """(examples as trained, how many of them were cut)."""
-        limits = self.config.learner.max_length, self.config.learner.max_prompt_length
-        cut = [truncate(example, *limits) for example in examples]
+        cut = self._cut(examples)
         return [example for example, _ in cut], sum(truncation.any for _, truncation in cut)
+
+    def _cut(self, examples: Sequence[TrainingExample]) -> list[tuple[TrainingExample, Truncation]]:
+        limits = self.config.learner.max_length, self.config.learner.max_prompt_length
+        return [truncate(example, *limits) for example in examples]
 
     def _micro_batches(self, examples: Sequence[TrainingExample]) -> Iterator[tuple[np.ndarray, MicroBatch, int]]:
         """This rank's (indices [R] into the batch or PADDING, arrays, projections), equally many on all ranks."""
-        responses = len(examples[0].response_ids)
-        tokens = [sum(map(len, e.response_ids)) for e in examples]
-        longest = [len(e.prompt_ids) + max(map(len, e.response_ids)) for e in examples]
-        dealt = split(longest, self.ranks.world, self.config.learner.micro_batch_size)
-        chunks = projection_chunks(dealt, tokens, responses, self.config.learner.logprob_chunk)
+        learner = self.config.learner
+        dealt, chunks = deal(examples, self.ranks.world, learner.micro_batch_size, learner.logprob_chunk)
         for rows, count in zip(dealt[:, self.ranks.rank], chunks, strict=True):
             picked = [None if row == PADDING else examples[row] for row in rows]
-            yield rows, collate(picked, responses, self.pad_id), count
+            yield rows, collate(picked, len(examples[0].response_ids), self.pad_id), count
 
     def _logps(self, batch: MicroBatch, chunks: int) -> Tensor:
         """float32 [R, M]."""
+        return self._forward(batch, chunks, per_token=False).view(batch.p_hat.shape)
+
+    def _forward(self, batch: MicroBatch, chunks: int, per_token: bool) -> Tensor:
+        """float32 [R*M], or [R*M, T] per token."""
         arrays = [self._tensor(a) for a in (batch.input_ids, batch.attention_mask, batch.response_mask)]
-        logps: Tensor = self.engine(*arrays, chunks=chunks)
-        return logps.view(batch.p_hat.shape)
+        logps: Tensor = self.engine(*arrays, chunks=chunks, per_token=per_token)
+        return logps
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.engine.device)
@@ -241,20 +293,3 @@ class TrainingEngine:
         for tensor in (*self.optimizer.fp32_partitioned_groups_flat, *states):
             if tensor.dim() > 0:
                 tensor.data = tensor.data.to(device)
-
-
-def _layer_of(name: str) -> str:
-    """ "model.layers.3.mlp.up_proj.weight" -> "model.layers.3": what is gathered together."""
-    match = re.match(r".*?\.\d+(?=\.)", name)
-    return match.group() if match else name
-
-
-def _length_metrics(examples: Sequence[TrainingExample], seconds: float) -> dict[str, float]:
-    lengths = [[len(ids) for ids in e.response_ids] for e in examples]
-    ends = [winner_and_loser(e.p_hat) for e in examples]
-    tokens = sum(len(e.prompt_ids) * len(ids) + sum(ids) for e, ids in zip(examples, lengths, strict=True))
-    return {
-        "tokens_per_s": tokens / seconds,
-        "mean_length_w": float(np.mean([ids[w] for ids, (w, _) in zip(lengths, ends, strict=True)])),
-        "mean_length_l": float(np.mean([ids[l] for ids, (_, l) in zip(lengths, ends, strict=True)])),  # noqa: E741
-    }

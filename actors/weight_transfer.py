@@ -3,17 +3,19 @@
     start_weight_update -> update_weights (once per chunk) -> finish_weight_update
 
 Loaded inside the engine's worker processes: `worker_extension_cls` names WorkerExtension, and importing this module
-registers the backend. A chunk arrives in one of two ways:
+registers the backend. Weights arrive in one of three ways:
 
 - `chunk`: the WeightChunk itself, when engine and caller share a process. Zero-copy from the object store to the model.
 - `path`: a file of the chunk's bytes in shared memory, mapped by each worker process of the engine (its tensor-parallel
   ranks included). The caller keeps the file until update_weights returned. All ranks must be on the caller's host; an
   engine spread over hosts is not supported.
+- `broadcast`: all of them by NCCL, in one update (nccl_channel).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,18 +38,19 @@ EXTENSION = "actors.weight_transfer.WorkerExtension"
 
 @dataclass
 class ChunkInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
-    """Nothing: chunks come with each update."""
+    """Nothing: chunks come with each update, and a broadcast brings its own process group."""
 
 
 @dataclass
 class ChunkUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """Either `chunk`, or `path` with the chunk's header."""
+    """`chunk`, or `path` with the chunk's header, or `broadcast`: arguments of nccl_channel.receive."""
 
     chunk: WeightChunk | None = None
     path: str | None = None
     names: list[str] | None = None
     dtypes: list[str] | None = None
     shapes: list[list[int]] | None = None
+    broadcast: dict[str, Any] | None = None
 
     def resolve(self) -> WeightChunk:
         """The chunk. A mapped file stays mapped as long as a tensor of it lives, even after it was unlinked."""
@@ -72,7 +75,12 @@ class ChunkTransferEngine(WeightTransferEngine[ChunkInitInfo, ChunkUpdateInfo]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: ChunkUpdateInfo) -> None:
-        self.model.load_weights(unpack(update_info.resolve()))
+        if update_info.broadcast is None:
+            self.model.load_weights(unpack(update_info.resolve()))
+        else:
+            from actors import nccl_channel  # imports ray, which the engine's processes need for nothing else
+
+            nccl_channel.receive(self, **update_info.broadcast)
 
     def finish_weight_update(self) -> None:
         """Raises ValueError when a layer got no weights: vLLM would keep its old ones and only log a warning."""

@@ -35,12 +35,14 @@ class BufferService:
     def __init__(
         self,
         config: Config,
-        slices: Sequence[Sequence[str]],
+        slices: Sequence[Sequence[str]] | None,
         in_thread: Callable[..., Awaitable[Any]] = asyncio.to_thread,
     ) -> None:
-        """slices: prompt ids of each iteration. in_thread: how to run what waits for the disk (a simulation runs it inline)."""
+        """slices: prompt ids of each iteration; None: nothing is trained. in_thread: how to run what waits for the disk (a
+        simulation runs it inline)."""
         self._config, self._in_thread = config, in_thread
-        self._async = AsyncBuffer(config, slices) if config.schedule.mode == "async" else None
+        streams = config.schedule.mode == "async" and slices is not None
+        self._async = AsyncBuffer(config, slices or []) if streams else None
         self._buffer = self._async or TrainingBuffer(config)
         self._metrics = MetricsLog(Path(config.run.dir) / "metrics.jsonl")
         self._waiting: list[tuple[JudgedGroup, asyncio.Future[None]]] = []

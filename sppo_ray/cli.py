@@ -1,4 +1,4 @@
-"""The command line: `sppo train | plan | eval`. Exit codes: 0 done, 2 refused input, 1 failed (run again to resume)."""
+"""The command line: `sppo train | plan | eval | scale`. Exit codes: 0 done, 2 refused input, 1 failed (run again to resume)."""
 
 from __future__ import annotations
 
@@ -91,6 +91,25 @@ def evaluate(
         out.print(run_evaluation(resolved, layout, preflight(resolved), policy, out))
 
 
+@app.command()
+def scale(
+    run: Annotated[Path, typer.Option("--run", help="Run directory of a running async job.")],
+    changes: Annotated[
+        list[str], typer.Argument(metavar="ROLE=COUNT...", help="E.g. rollout=4, rollout=+2, judge=-1.")
+    ],
+) -> None:
+    """Add or remove rollout and judge workers while an async run goes on. The counts hold when it is resumed, too."""
+    from sppo_ray.scaling import request
+
+    with exit_codes():
+        before, now = request(run.expanduser().resolve(), changes)
+        out.print(
+            f"asked for {now.rollout} rollout and {now.judge} judge workers (before: {before.rollout} and {before.judge}); "
+            "the run follows within seconds, and a newcomer works as soon as it serves the current weights",
+            highlight=False,
+        )
+
+
 def _train(config: Config, dry_run: bool) -> None:
     from sppo_ray.layout import compute_layout
     from sppo_ray.preflight import preflight
@@ -98,7 +117,9 @@ def _train(config: Config, dry_run: bool) -> None:
 
     check_run_dir(config)
     layout = compute_layout(config)
+    _refuse_unfit(config)
     checked = preflight(config)
+    _refuse_unfit(config)  # again: a hub model's config.json is here now
     out.print(f"prompts: {checked.prompts.report.summary()}", highlight=False)
     for warning in checked.warnings:
         err.print(f"note: {warning}", style="yellow", highlight=False)
@@ -121,6 +142,21 @@ def _train(config: Config, dry_run: bool) -> None:
 
     run_training(config, layout, checked, out)
     _show_result(root)
+
+
+def _refuse_unfit(config: Config) -> None:
+    """Refuse what `plan` would refuse, on GPUs. A model whose shape is unknown passes: there is nothing to add up."""
+    from sppo_ray.model_shapes import model_shape
+    from sppo_ray.plan import make_plan, refuse_unfit
+
+    if config.cluster.gpus == 0:
+        return
+    try:
+        for model in (config.policy.model, config.judge.model):
+            model_shape(model)
+    except ConfigError:  # of a hub name not yet seen, or another family; what is wrong with a folder, preflight says
+        return
+    refuse_unfit(make_plan(config, prompts=0))
 
 
 def _show_result(root: Path) -> None:

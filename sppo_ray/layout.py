@@ -1,7 +1,8 @@
 """Who runs where: pure arithmetic from the config to workers and GPU shares. No Ray here.
 
 `colocated`: every GPU carries a rollout worker, a learner rank and a judge; rollout and learner take turns (sleep /
-offload). `disaggregated`: each GPU belongs to one role. `cpu`: no GPUs; the roles share the cores.
+offload). `disaggregated`: each GPU belongs to one role, or, where there are too few, judges sit beside rollout workers.
+`cpu`: no GPUs; the roles share the cores.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ Kind = Literal["cpu", "colocated", "disaggregated"]
 # 4 x 0.4 / 0.3 = 5). With n GPUs a node, a share s of what is free, f, is safe if n f / s < n + 1; so these are for n <= 8.
 COLOCATED_GPUS: dict[Role, float] = {"rollout": 0.9, "learner": 0.09, "judge": 0.01}
 MAX_NODE_GPUS = 8
+# Disaggregated with judges on the rollouts' GPUs: after 0.9 no second rollout fits, nor a learner rank, which asks for 1.
+SHARED_WITH_JUDGE: dict[Role, float] = {"rollout": 0.9, "learner": 1.0, "judge": 0.1}
 
 # Beside GPUs the core counts are bookkeeping only (Ray does not pin processes to cores), and they are kept low so that
 # the scarce resource alone decides: 1.75 per GPU, which a machine with two cores per GPU still has.
@@ -67,6 +70,11 @@ class Layout:
         return self.kind == "colocated"
 
     @property
+    def judges_share(self) -> bool:
+        """Whether judges sit on the rollout workers' GPUs."""
+        return self.kind != "cpu" and self.judge.gpus < 1
+
+    @property
     def gpus(self) -> int:
         """GPUs of the run over all nodes, idle ones included."""
         return self.nodes * self.gpus_per_node
@@ -88,7 +96,8 @@ class Layout:
         seats: list[list[tuple[Role, int]]] = [[] for _ in range(self.gpus)]
         next_free = 0
         for role in self.creation_order:
-            start = 0 if self.takes_turns else next_free
+            beside = self.takes_turns or (role == "judge" and self.judges_share)
+            start = 0 if beside else next_free
             for index in range(self.of(role).workers if self.gpus else 0):
                 seats[start + index].append((role, index))
             next_free += self.of(role).workers
@@ -118,7 +127,8 @@ def compute_layout(config: Config) -> Layout:
         "judge": config.judge.num_workers,
         "learner": config.learner.num_workers,
     }
-    asks = {role: RoleLayout(count, _gpus(kind, role), _cpus(kind, role)) for role, count in counts.items()}
+    shared = kind == "disaggregated" and sum(counts.values()) > config.cluster.gpus
+    asks = {role: RoleLayout(count, _gpus(kind, role, shared), _cpus(kind, role)) for role, count in counts.items()}
     return Layout(kind, asks["rollout"], asks["judge"], asks["learner"], nodes, gpus_per_node)
 
 
@@ -147,9 +157,11 @@ def check_placement(layout: Layout, assignments: Sequence[Assignment]) -> None:
         holders[found.node, found.gpus[0]].append(found)
     for (node, gpu), there in holders.items():
         roles = [found.role for found in there]
-        if len(roles) > (len(set(roles)) if layout.takes_turns else 1):
+        together = layout.takes_turns or (layout.judges_share and set(roles) <= {"rollout", "judge"})
+        if len(roles) > (len(set(roles)) if together else 1):
             names = ", ".join(sorted(found.name for found in there))
             rule = "one worker of each role" if layout.takes_turns else "one worker"
+            rule += " (a judge may sit beside a rollout)" if layout.judges_share and not layout.takes_turns else ""
             raise PlacementError(
                 f"GPU {gpu} of node {node} carries {names}, but the {layout.kind} layout has {rule} on each. {remedy}"
             )
@@ -159,8 +171,9 @@ def check_placement(layout: Layout, assignments: Sequence[Assignment]) -> None:
         )
 
 
-def _gpus(kind: Kind, role: Role) -> float:
-    return {"cpu": 0.0, "colocated": COLOCATED_GPUS[role], "disaggregated": 1.0}[kind]
+def _gpus(kind: Kind, role: Role, shared: bool) -> float:
+    apart = SHARED_WITH_JUDGE[role] if shared else 1.0
+    return {"cpu": 0.0, "colocated": COLOCATED_GPUS[role], "disaggregated": apart}[kind]
 
 
 def _cpus(kind: Kind, role: Role) -> float:
@@ -211,15 +224,20 @@ def _refuse_colocated(config: Config) -> None:
 
 def _refuse_disaggregated(config: Config) -> None:
     gpus = config.cluster.gpus
-    if gpus < 3:
+    if gpus < 2:
         raise ConfigError(
-            f"cluster.layout=disaggregated needs a GPU for each of rollout, learner and judge but cluster.gpus={gpus}: "
-            "set cluster.layout=colocated (schedule.mode=sync), or use 3 GPUs or more."
+            f"cluster.layout=disaggregated needs GPUs of their own for rollout and learner but cluster.gpus={gpus}: "
+            "set cluster.layout=colocated (schedule.mode=sync), or use 2 GPUs or more."
         )
     rollouts, learners, judges = config.rollout.num_workers, config.learner.num_workers, config.judge.num_workers
-    if rollouts + learners + judges > gpus:
+    if rollouts + learners > gpus:
         raise ConfigError(
-            f"rollout.num_workers={rollouts}, learner.num_workers={learners} and judge.num_workers={judges} need "
-            f"{rollouts + learners + judges} GPUs under cluster.layout=disaggregated but cluster.gpus={gpus}: "
-            "lower one of them (8 GPUs: 3, 4, 1) or raise cluster.gpus."
+            f"rollout.num_workers={rollouts} leaves {max(0, gpus - rollouts)} of cluster.gpus={gpus} for "
+            f"learner.num_workers={learners} under cluster.layout=disaggregated: lower one of them (8 GPUs: 3 rollouts, 4 "
+            "learner ranks, 1 judge; 2 GPUs: 1, 1, and a judge beside the rollout) or raise cluster.gpus."
+        )
+    if rollouts + learners + judges > gpus and judges > rollouts:
+        raise ConfigError(
+            f"judge.num_workers={judges} but there is room for one judge beside each of rollout.num_workers={rollouts} "
+            f"under cluster.layout=disaggregated with cluster.gpus={gpus}: set judge.num_workers={rollouts} or less."
         )

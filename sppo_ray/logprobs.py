@@ -24,19 +24,29 @@ class PolicyLogps(nn.Module):
         self.softcap: float | None = getattr(lm.config, "final_logit_softcapping", None)  # Gemma-2
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, chunks: int | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        chunks: int | None = None,
+        per_token: bool = False,
     ) -> Tensor:
-        """float32 [B]: sum over the response of log pi(y_t | x, y_<t), nats.
+        """float32 [B]: sum over the response of log pi(y_t | x, y_<t), nats; per_token: its terms, as `token_logps`.
 
         input_ids, attention_mask: int64 [B, T], padded on the right. response_mask: bool [B, T], True on response
         tokens, never at position 0. chunks: number of projections, when all ranks must agree on it; None: as needed.
+        (per_token is here since ZeRO-3's hooks want every pass to enter by the module's forward.)
         """
+        if per_token:
+            return self.token_logps(input_ids, attention_mask, response_mask, chunks)
         logps, rows = self._token_logps(input_ids, attention_mask, response_mask, chunks)
         return torch.zeros(len(input_ids), device=logps.device).index_add(0, rows, logps)
 
-    def token_logps(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
+    def token_logps(
+        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, chunks: int | None = None
+    ) -> Tensor:
         """float32 [B, T]: log pi(token t | tokens before t) at response positions, 0 elsewhere."""
-        logps, _ = self._token_logps(input_ids, attention_mask, response_mask, None)
+        logps, _ = self._token_logps(input_ids, attention_mask, response_mask, chunks)
         return torch.zeros(input_ids.shape, device=logps.device).masked_scatter(response_mask, logps)
 
     def _token_logps(

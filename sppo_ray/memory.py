@@ -205,17 +205,16 @@ def _phases(
     )
     wide = config.judge.dtype == "float32"
     smaller = "set judge.dtype=float16" if wide else "lower judge.source_max_tokens"
+    lower = "lower rollout.gpu_memory_utilization"
+    if not layout.takes_turns and layout.judges_share:
+        sharing = Phase("rollout and judge GPU", (*engine, *judging), f"{lower}, or {smaller}")
+        return (sharing, Phase("learner GPU", learner, fewer))
     if not layout.takes_turns:
-        return (
-            Phase("rollout GPU", engine, "lower rollout.gpu_memory_utilization"),
-            Phase("learner GPU", learner, fewer),
-            Phase("judge GPU", judging, smaller),
-        )
+        alone = (Phase("rollout GPU", engine, lower), Phase("learner GPU", learner, fewer))
+        return (*alone, Phase("judge GPU", judging, smaller))
     asleep = Part("vLLM asleep", ENGINE_ASLEEP)
     return (
-        Phase(
-            "every GPU, sampling", (*engine, context, *judging), f"lower rollout.gpu_memory_utilization, or {smaller}"
-        ),
+        Phase("every GPU, sampling", (*engine, context, *judging), f"{lower}, or {smaller}"),
         # The judge idles here, but its process keeps what its activations once took.
         Phase("every GPU, training", (*learner, asleep, *judging), f"{fewer}, or {smaller}"),
     )

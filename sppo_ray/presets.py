@@ -29,7 +29,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # The same in both, so that a change of a default elsewhere cannot change what a preset means.
 SHARED: dict[str, Any] = {
-    "data.overlong": "refuse",  # of the context; beyond max_length the learner keeps the last max_prompt_length tokens
     "rollout.responses_per_prompt": 5,
     "rollout.max_new_tokens": 2048,
     "selection.rule": "best_worst",

@@ -107,6 +107,10 @@ class RunProgress:
         self._steps, self._steps_before = 0, trained.step
         self.say(f"  trained: step {trained.step}; policy in {trained.policy_dir}, weights {trained.checksum}")
 
+    def alarm(self, text: str) -> None:
+        """Something that does not stop the run but should be looked at."""
+        self.bars.console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True)
+
     # Inside.
 
     def _rate(self) -> float:

@@ -137,6 +137,8 @@ class Watch(Protocol):
 
     def trained(self, trained: TrainedIteration) -> None: ...
 
+    def alarm(self, text: str) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class System:

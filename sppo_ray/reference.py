@@ -6,19 +6,20 @@ from typing import Literal
 
 import numpy as np
 
+from sppo_ray.errors import LearnerError
 from sppo_ray.types import TrainingExample, TrainTask
 
 
 def behavior_logps(example: TrainingExample) -> tuple[float, ...]:
     """M sums (nats, summed in float64, rounded to float32) of what vLLM recorded for the responses' tokens.
 
-    Raises ValueError when not every response token has one: a sum over fewer would be the log-probability of another
+    Raises LearnerError when not every response token has one: a sum over fewer would be the log-probability of another
     text.
     """
     recorded = [len(logprobs) for logprobs in example.token_logprobs]
     tokens = [len(ids) for ids in example.response_ids]
     if recorded != tokens:
-        raise ValueError(
+        raise LearnerError(
             f"prompt {example.prompt_id}: the responses have {tokens} tokens but {recorded} recorded log-probabilities: "
             "objective.reference=behavior needs one for each; set objective.reference=snapshot."
         )

@@ -22,14 +22,16 @@ from sppo_ray.config_io import SOURCES, dump_config, flatten, preset_overrides
 from sppo_ray.errors import ConfigError
 from sppo_ray.fingerprint import fingerprint
 
-# Keys that change how fast a run goes, not what it computes: they may differ when a run goes on.
+# Keys that change how fast a run goes, or how closely async follows, not what it is about: they may differ when it goes on.
 MAY_CHANGE = (
     "run.dir", "rollout.num_workers", "rollout.in_flight", "rollout.max_num_seqs", "rollout.gpu_memory_utilization",
     "rollout.kv_cache_mb", "judge.num_workers", "learner.num_workers", "learner.micro_batch_size", "learner.zero_stage",
     "learner.logprob_chunk", "learner.checkpoint_every", "learner.max_restarts", "learner.gradient_checkpointing",
+    "schedule.max_staleness", "schedule.max_resamples", "objective.mismatch_groups", "objective.mismatch_alarm",
     *SOURCES,  # their content may not: it is compared by fingerprint
 )  # fmt: skip
 SECTIONS_MAY_CHANGE = ("cluster", "weights", "buffer")
+MUST_STAY = ("weights.publish_every",)  # versions are counted by it
 PACKAGES = (
     "ray",
     "torch",
@@ -134,8 +136,12 @@ def _changed_keys(old: dict[str, Any], config: Config) -> list[str]:
     return [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if key not in MAY_CHANGE and key.split(".")[0] not in SECTIONS_MAY_CHANGE and before.get(key) != now.get(key)
+        if not _may_change(key) and before.get(key) != now.get(key)
     ]
+
+
+def _may_change(key: str) -> bool:
+    return key in MAY_CHANGE or (key.split(".")[0] in SECTIONS_MAY_CHANGE and key not in MUST_STAY)
 
 
 def _git_commit() -> str | None:

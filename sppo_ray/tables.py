@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from sppo_ray.config import Config
 from sppo_ray.selection import select
-from sppo_ray.types import JudgedGroup, ResponseGroup, TrainingExample
+from sppo_ray.types import JudgedGroup, Prompt, Response, ResponseGroup, TrainingExample
 from sppo_ray.win_rates import win_rates
 
-MESSAGES = pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))
+TURN = [pa.field("content", pa.string()), pa.field("role", pa.string())]
+MESSAGES = pa.list_(pa.struct(TURN))
 
 
 def generated_schema(k: int) -> pa.Schema:
@@ -81,106 +82,167 @@ class SealedRow:
 
 
 def generated_table(judged: Sequence[JudgedGroup], mode: str) -> pa.Table:
-    """Judged groups (all of one K) as rows, with win rates by formula `mode`."""
+    """Judged groups (all of one K, at least one) as rows, with win rates by formula `mode`."""
     probability, p_hat, scores = win_rates([j.logits for j in judged], mode)  # type: ignore[arg-type]
-    rows = [
-        _generated_row(j, probability[n].tolist(), p_hat[n].tolist(), scores[n].tolist())
-        for n, j in enumerate(judged)
-    ]  # fmt: skip
-    return pa.Table.from_pylist(rows, schema=generated_schema(probability.shape[1]))
+    groups, k = [j.group for j in judged], probability.shape[1]
+    prompts, responses = [g.prompt for g in groups], [g.responses for g in groups]
+    every = [r for of_group in responses for r in of_group]  # response k of group n at n * K + k
+    columns = {
+        "prompt_id": [p.prompt_id for p in prompts],
+        "prompt": [p.text for p in prompts],
+        **{f"generate_{i}": _conversations(prompts, [of_group[i] for of_group in responses]) for i in range(k)},
+        "logits": _matrices(np.stack([j.logits for j in judged]).astype(np.float64)),
+        "probability": _matrices(probability),
+        "p_hat": _lists_of(k, p_hat.ravel()),
+        "rm_scores": _lists_of(k, scores.ravel()),
+        "policy_version": [g.version_start for g in groups],
+        "policy_version_end": [g.version_end for g in groups],
+        "templated": [p.templated for p in prompts],
+        "prompt_token_ids": _lists([p.token_ids for p in prompts]),
+        "response_token_ids": _lists_of(k, _lists([r.token_ids for r in every])),
+        "logprobs": _lists_of(k, [r.logprob for r in every]),
+        "token_logprobs": _lists_of(k, _lists([r.token_logprobs for r in every])),
+        "token_versions": [_token_versions(g) for g in groups],
+        "epoch": [g.epoch for g in groups],
+        "finish_reasons": _lists_of(k, [r.finish_reason for r in every]),
+        "seeds": _lists_of(k, [r.seed for r in every]),
+    }
+    schema = generated_schema(k)
+    return pa.table([_column(columns[field.name], field.type) for field in schema], schema=schema)
 
 
 def examples_of(table: pa.Table, config: Config, iteration: int) -> list[TrainingExample]:
-    """What the learner trains on, a row of `generated` at a time."""
-    return [_example_of(row, config, iteration) for row in _rows(table)]
+    """What the learner trains on, in the order of a `generated` table."""
+    return [example for batch in _batches(table) for example in _examples_of(batch, config, iteration)]
 
 
 def train_table(table: pa.Table, config: Config, iteration: int, sealed: Sequence[SealedRow]) -> pa.Table:
     """The reference pipeline's training columns, from a `generated` table, in its order; in async with CONSUMED."""
-    rows = pa.Table.from_pylist([_train_row(r, config, iteration) for r in _rows(table)], schema=TRAIN_SCHEMA)
+    made = [_train_batch(batch, config, iteration) for batch in _batches(table)]
+    rows = pa.Table.from_batches(made, schema=TRAIN_SCHEMA)
     if config.schedule.mode == "async":
         for field in CONSUMED:
             rows = rows.append_column(field, pa.array([getattr(row, field.name) for row in sealed], field.type))
     return rows
 
 
-def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Rows as Python objects, a few at a time: token ids take ten times the memory as Python lists."""
-    for batch in table.to_batches(max_chunksize=256):
-        yield from batch.to_pylist()
+def _batches(table: pa.Table) -> list[pa.RecordBatch]:
+    """A few thousand rows at a time: what is made of them on the way takes memory, too."""
+    return table.to_batches(max_chunksize=4096)
 
 
-def _generated_row(judged: JudgedGroup, probability: Any, p_hat: Any, scores: Any) -> dict[str, Any]:
-    group, prompt, responses = judged.group, judged.group.prompt, judged.group.responses
-    return {
-        "prompt_id": prompt.prompt_id,
-        "prompt": prompt.text,
-        **{f"generate_{i}": _conversation(prompt.text, r.text) for i, r in enumerate(responses)},
-        "logits": judged.logits.astype(np.float64).tolist(),
-        "probability": probability,
-        "p_hat": p_hat,
-        "rm_scores": scores,
-        "policy_version": group.version_start,
-        "policy_version_end": group.version_end,
-        "templated": prompt.templated,
-        "prompt_token_ids": prompt.token_ids.tolist(),
-        "response_token_ids": [r.token_ids.tolist() for r in responses],
-        "logprobs": [r.logprob for r in responses],
-        "token_logprobs": [r.token_logprobs.tolist() for r in responses],
-        "token_versions": _token_versions(group),
-        "epoch": group.epoch,
-        "finish_reasons": [r.finish_reason for r in responses],
-        "seeds": [r.seed for r in responses],
-    }
+# Columns from arrays: a row at a time in Python would cost more than all else the buffer does.
 
 
-def _token_versions(group: ResponseGroup) -> list[list[int]] | None:
+def _column(values: Any, kind: pa.DataType) -> pa.Array:
+    return values.cast(kind) if isinstance(values, pa.Array) else pa.array(values, kind)
+
+
+def _conversations(prompts: Sequence[Prompt], responses: Sequence[Response]) -> pa.Array:
+    texts = [text for p, r in zip(prompts, responses, strict=True) for text in (p.text, r.text)]
+    turns = pa.StructArray.from_arrays([pa.array(texts), pa.array(["user", "assistant"] * len(prompts))], fields=TURN)
+    return _lists_of(2, turns)
+
+
+def _matrices(values: NDArray[np.float64]) -> pa.Array:
+    """[N, K, K]"""
+    k = values.shape[1]
+    return _lists_of(k, _lists_of(k, values.ravel()))
+
+
+def _lists_of(size: int, values: Any) -> pa.Array:
+    """Lists of equal size, one after the other."""
+    offsets = np.arange(0, len(values) + 1, size, dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, values if isinstance(values, pa.Array) else pa.array(values))
+
+
+def _lists(arrays: Sequence[NDArray[Any]]) -> pa.Array:
+    offsets = np.zeros(len(arrays) + 1, dtype=np.int32)
+    np.cumsum([len(array) for array in arrays], out=offsets[1:])
+    return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(arrays)))
+
+
+def _token_versions(group: ResponseGroup) -> list[NDArray[np.int32]] | None:
     if group.version_start == group.version_end:
         return None
     return [
-        [group.version_start] * len(r.token_ids) if r.token_versions is None else r.token_versions.tolist()
+        np.full(len(r.token_ids), group.version_start, np.int32) if r.token_versions is None else r.token_versions
         for r in group.responses
     ]
 
 
-def _conversation(prompt: str, response: str) -> list[dict[str, str]]:
-    return [{"content": prompt, "role": "user"}, {"content": response, "role": "assistant"}]
+# Rows from columns.
 
 
-def _selected(row: dict[str, Any], config: Config, iteration: int) -> tuple[int, ...]:
-    scores = np.array(row["rm_scores"])
-    return select(
-        config.selection.rule, scores, seed=config.run.seed, iteration=iteration, prompt_id=row["prompt_id"]
-    )  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class _Ragged:
+    """Row n of a column of lists of numbers; of lists of those, list k of row n."""
+
+    values: NDArray[Any]
+    ends: tuple[NDArray[np.int32], ...]  # offsets, from the outermost lists inwards
+
+    @classmethod
+    def of(cls, column: pa.Array) -> _Ragged:
+        ends = []
+        while isinstance(column, pa.ListArray):
+            ends.append(column.offsets.to_numpy())
+            column = column.values
+        return cls(column.to_numpy(), tuple(ends))
+
+    def row(self, n: int, k: int | None = None) -> NDArray[Any]:
+        """A copy: a view would keep the whole column in memory."""
+        at = n if k is None else int(self.ends[0][n]) + k
+        return self.values[self.ends[-1][at] : self.ends[-1][at + 1]].copy()
 
 
-def _example_of(row: dict[str, Any], config: Config, iteration: int) -> TrainingExample:
-    selected = _selected(row, config, iteration)
-    return TrainingExample(
-        prompt_id=row["prompt_id"],
-        prompt_ids=_ids(row["prompt_token_ids"]),
-        response_ids=tuple(_ids(row["response_token_ids"][k]) for k in selected),
-        p_hat=tuple(row["p_hat"][k] for k in selected),
-        p_pair=row["probability"][selected[0]][selected[-1]],
-        policy_version=row["policy_version"],
-        token_logprobs=tuple(np.array(row["token_logprobs"][k], dtype=np.float32) for k in selected),
-    )
+def _examples_of(batch: pa.RecordBatch, config: Config, iteration: int) -> Iterator[TrainingExample]:
+    probability, p_hat = _win_rates_of(batch)
+    prompts, responses = _Ragged.of(batch["prompt_token_ids"]), _Ragged.of(batch["response_token_ids"])
+    logprobs = _Ragged.of(batch["token_logprobs"])
+    names, versions = batch["prompt_id"].to_pylist(), batch["policy_version"].to_pylist()
+    for n, selected in enumerate(_selected(batch, config, iteration)):
+        yield TrainingExample(
+            prompt_id=names[n],
+            prompt_ids=prompts.row(n),
+            response_ids=tuple(responses.row(n, k) for k in selected),
+            p_hat=tuple(float(p_hat[n, k]) for k in selected),
+            p_pair=float(probability[n, selected[0], selected[-1]]),
+            policy_version=versions[n],
+            token_logprobs=tuple(logprobs.row(n, k) for k in selected),
+        )
 
 
-def _train_row(row: dict[str, Any], config: Config, iteration: int) -> dict[str, Any]:
-    selected = _selected(row, config, iteration)
-    winner, loser = selected[0], selected[-1]
-    return {
-        "prompt_id": row["prompt_id"],
-        "chosen": row[f"generate_{winner}"],
-        "rejected": row[f"generate_{loser}"],
-        "chosen_probs": row["probability"][winner][loser],
-        "chosen_probs_win": row["p_hat"][winner],
-        "chosen_probs_lose": row["p_hat"][loser],
-        "selected": list(selected),
-        "policy_version": row["policy_version"],
+def _train_batch(batch: pa.RecordBatch, config: Config, iteration: int) -> pa.RecordBatch:
+    probability, p_hat = _win_rates_of(batch)
+    selected = _selected(batch, config, iteration)
+    rows, winner, loser = np.arange(len(batch)), np.array([s[0] for s in selected]), np.array([s[-1] for s in selected])
+    conversations = pa.concat_arrays([batch[f"generate_{i}"] for i in range(p_hat.shape[1])])
+    columns = {
+        "prompt_id": batch["prompt_id"],
+        "chosen": conversations.take(pa.array(winner * len(batch) + rows)),
+        "rejected": conversations.take(pa.array(loser * len(batch) + rows)),
+        "chosen_probs": probability[rows, winner, loser],
+        "chosen_probs_win": p_hat[rows, winner],
+        "chosen_probs_lose": p_hat[rows, loser],
+        "selected": selected,
+        "policy_version": batch["policy_version"],
     }
+    arrays = [_column(columns[field.name], field.type) for field in TRAIN_SCHEMA]
+    return pa.RecordBatch.from_arrays(arrays, schema=TRAIN_SCHEMA)
 
 
-def _ids(tokens: Sequence[int]) -> NDArray[np.int32]:
-    return np.array(tokens, dtype=np.int32)
+def _win_rates_of(batch: pa.RecordBatch) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """probability [N, K, K] and p_hat [N, K]"""
+    p_hat = batch["p_hat"].flatten().to_numpy().reshape(len(batch), -1)
+    k = p_hat.shape[1]
+    return batch["probability"].flatten().flatten().to_numpy().reshape(len(batch), k, k), p_hat
+
+
+def _selected(batch: pa.RecordBatch, config: Config, iteration: int) -> list[tuple[int, ...]]:
+    """Of each row."""
+    scores = batch["rm_scores"].flatten().to_numpy().reshape(len(batch), -1)
+    names = batch["prompt_id"].to_pylist()
+    return [
+        select(config.selection.rule, row, seed=config.run.seed, iteration=iteration, prompt_id=name)
+        for row, name in zip(scores, names, strict=True)
+    ]

@@ -89,7 +89,7 @@ class PromptEncoder:
             rendered = [self.render(text) for text in texts[start : start + _BATCH]]
             ids_of_batch = self._tokenise(rendered)
             for templated, ids in zip(rendered, ids_of_batch, strict=True):
-                if self._structure(ids) != self._own_structure:
+                if self._is_forged(ids):
                     ids = self._encode_guarded(templated)
                 encoded.append((templated, self._with_one_bos(ids)))
         return encoded
@@ -99,10 +99,6 @@ class PromptEncoder:
         if self.bos_id is None or ids.size <= count:
             return ids[-count:]
         return np.concatenate([ids[:1], ids[ids.size - count + 1 :]])
-
-    def is_forged(self, text: str) -> bool:
-        """Whether the text, tokenised carelessly, would add or hide structural tokens."""
-        return self._structure(self._tokenise([self.render(text)])[0]) != self._own_structure
 
     def render(self, text: str, answer: str | None = None, open_turn: bool = True) -> str:
         """The chat template's rendering of one user turn (and an assistant turn)."""
@@ -173,6 +169,10 @@ class PromptEncoder:
     def _structure(self, ids: Sequence[int]) -> list[int]:
         return [i for i in ids if i in self._structural_ids]
 
+    def _is_forged(self, ids: Sequence[int]) -> bool:
+        """Whether the user's text added or hid structural tokens."""
+        return self._structure(ids) != self._own_structure
+
     def _skeleton_of(self, rendered: str) -> Skeleton:
         parts = rendered.split(_PLACEHOLDER)
         if len(parts) != 2:
@@ -215,7 +215,7 @@ class PromptEncoder:
         plain = self._plain_encoder
         user_text = rendered[len(prefix) : len(rendered) - len(suffix)]
         ids = plain.encode(plain.hide(prefix) + user_text + plain.hide(suffix))
-        if rendered != prefix + user_text + suffix or self._structure(ids) != self._own_structure:
+        if rendered != prefix + user_text + suffix or self._is_forged(ids):
             raise ConfigError(
                 "A prompt contains the string of a special token, and with the chat template of "
                 f"{_name(self.tokenizer)} it "

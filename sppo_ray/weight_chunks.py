@@ -43,6 +43,7 @@ def pack(named_tensors: Iterable[tuple[str, torch.Tensor]], chunk_bytes: int) ->
         if filling.names and not filling.fits(tensor):
             yield filling.take()
         filling.add(name, tensor)
+        del tensor  # before the source makes the next one
     if filling.names:
         yield filling.take()
 
@@ -71,11 +72,9 @@ class _Filling:
             self.buffer = np.empty(max(self.chunk_bytes, size), dtype=np.uint8)
         start = _aligned(self.used)
         self.buffer[self.used : start] = 0
-        if size:
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            self.buffer[start : start + size] = flat.numpy()
+        self.buffer[start : start + size] = _bytes_of(tensor)
         self.names.append(name)
-        self.dtypes.append(str(tensor.dtype).removeprefix("torch."))
+        self.dtypes.append(_dtype_name(tensor))
         self.shapes.append(tuple(tensor.shape))
         self.used = start + size
 
@@ -112,13 +111,19 @@ class Checksum:
 
     def update(self, chunk: WeightChunk) -> None:
         """Add a chunk's tensors. Raises ValueError when a name comes twice."""
-        data = chunk.data.data
         for name, dtype, shape, start, stop in _spans(chunk):
-            if name in self._digests:
-                raise ValueError(f"tensor {name!r} comes twice in one set of weights")
-            digest = xxhash.xxh3_128(f"{name}\n{dtype}\n{shape}\n".encode())
-            digest.update(data[start:stop])
-            self._digests[name] = digest.digest()
+            self._add(name, dtype, shape, chunk.data[start:stop])
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Add one tensor, as if it had come in a chunk."""
+        self._add(name, _dtype_name(tensor), tuple(tensor.shape), _bytes_of(tensor))
+
+    def _add(self, name: str, dtype: str, shape: tuple[int, ...], data: np.ndarray) -> None:
+        if name in self._digests:
+            raise ValueError(f"tensor {name!r} comes twice in one set of weights")
+        digest = xxhash.xxh3_128(f"{name}\n{dtype}\n{shape}\n".encode())
+        digest.update(data.data)
+        self._digests[name] = digest.digest()
 
     def hexdigest(self) -> str:
         """32 hexadecimal digits over all tensors so far, sorted by name (each tensor's digest covers its name)."""
@@ -145,3 +150,12 @@ def _aligned(position: int) -> int:
 
 def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """uint8 [bytes]: a view where the tensor is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

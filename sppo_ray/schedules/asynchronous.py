@@ -71,7 +71,7 @@ async def publishing(system: System, config: Config, watch: Watch, start: int, v
     """Ends when the last iteration's policy is served and evaluated."""
     while start < config.schedule.iterations:
         publication = await system.buffer.publication(after=version)
-        figures = {"workers": await system.rollout.load(publication.version)}
+        figures: dict[str, object] = {"workers": await system.rollout.load(publication.version)}
         figures |= await mismatch(system, publication, config, watch)
         await system.buffer.serving(publication, figures)
         version = publication.version

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from actors.process import environment
 from sppo_ray.config import Config
 from sppo_ray.errors import LearnerError
 from sppo_ray.layout import Assignment
 from sppo_ray.tiny.models import build_policy_tokenizer
 from sppo_ray.types import (
     LearnerTask,
+    Probe,
+    Publication,
+    PublishTask,
     ReferenceTask,
     ResumePoint,
     SaveTask,
@@ -48,8 +55,32 @@ def write_tiny_policy(folder: Path) -> None:
     build_policy_tokenizer(["one two three", "four five six"]).save_pretrained(folder)
 
 
+def run_ranks(script: str, policy: Path, out: Path, world: int) -> None:
+    """Run `script` (beside this file) on `world` processes on the CPU; their logs and what they leave are in `out`."""
+    here = Path(__file__).parent
+    out.mkdir()
+    env = os.environ | environment(gpus=False, threads=1) | {"PYTHONPATH": f"{here.parent.parent}:{here}"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(here / script), str(policy), str(out), str(rank), str(world)],
+            env=env | {"LOCAL_RANK": str(rank)},
+            stdout=(out / f"rank-{rank}.log").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(world)
+    ]
+    codes = [rank.wait(timeout=280) for rank in ranks]
+    assert codes == [0] * world, (out / "rank-0.log").read_text()[-3000:]
+
+
 def config_for(
-    run_dir: Path, policy: Path, dtype: str = "float32", saved: str = "float32", **learner: object
+    run_dir: Path,
+    policy: Path,
+    dtype: str = "float32",
+    saved: str = "float32",
+    mode: str = "sync",
+    objective: Mapping[str, object] | None = None,
+    **learner: object,
 ) -> Config:
     """Batch 7 in micro-batches of 2: never divisible, by no number of ranks."""
     settings = {"batch_size": 7, "micro_batch_size": 2, "learning_rate": 1e-4, "warmup_ratio": 0.0, "logprob_chunk": 16}
@@ -57,7 +88,8 @@ def config_for(
         "run": {"dir": str(run_dir)},
         "data": {"prompts": "unused.jsonl"},
         "policy": {"model": str(policy), "dtype": saved},
-        "objective": {"eta": 10.0},
+        "schedule": {"mode": mode},
+        "objective": {"eta": 10.0} | dict(objective or {}),
         "learner": settings | {"dtype": dtype, "lr_schedule": "constant", "max_length": 40, "max_prompt_length": 16} | learner,
         "weights": {"chunk_mb": 1},
     })  # fmt: skip
@@ -98,10 +130,11 @@ SCRIPT_ITERATIONS = 2
 Logps = Sequence[tuple[float, ...]]
 
 
-def scripted_task(step: int, saved: int, references: Mapping[int, Logps]) -> LearnerTask:
-    """What a buffer would answer in a run of two iterations of two updates each; as there, a pure function.
+def scripted_task(step: int, saved: int, references: Mapping[int, Logps], published: int) -> LearnerTask:
+    """What a buffer would answer in a run of two iterations of two updates each, with a publish after each; as there, a
+    pure function.
 
-    saved: iterations finished; references: what was recorded, by iteration.
+    saved: iterations finished; references: what was recorded, by iteration; published: the newest version.
     """
     iteration, steps = saved + 1, len(SCRIPT_SIZES)
     if iteration > SCRIPT_ITERATIONS:
@@ -111,7 +144,9 @@ def scripted_task(step: int, saved: int, references: Mapping[int, Logps]) -> Lea
     if iteration not in references:
         return ReferenceTask(iteration, tuple(rows))
     if step == steps * iteration:
-        return SaveTask(step, iteration, version=iteration)
+        return SaveTask(step, iteration, version=step, probe=examples(3, seed=9))
+    if step > published:
+        return PublishTask(step, iteration, version=step, probe=examples(3, seed=9))
     first = sum(SCRIPT_SIZES[: step - steps * saved])
     task = epoch[step - steps * saved]
     known = references[iteration][first : first + len(task.examples)]
@@ -131,6 +166,7 @@ class ScriptedBuffer:
         self.references: dict[int, Any] = {}
         self.steps: list[dict[str, Any]] = []
         self.done: list[TrainedIteration] = []
+        self.publications: list[Publication] = []
 
     async def learner_ready(self, ranks: list[Assignment]) -> None:
         assert [rank.name for rank in ranks] == [f"learner-{n}" for n in range(len(ranks))]
@@ -146,7 +182,7 @@ class ScriptedBuffer:
             self.fail_at = None
             await asyncio.sleep(6)  # Ray Train commits a reported checkpoint at its next poll
             raise RuntimeError("the script says: fail once")
-        task = scripted_task(step, len(self.done), self.references)
+        task = scripted_task(step, len(self.done), self.references, len(self.publications))
         if self.poison and self.references:
             bad = replace(task.examples[0], prompt_id="the-bad-one", reference_logps=(float("nan"), 0.0))
             return replace(task, examples=(bad, *task.examples[1:]))
@@ -158,8 +194,12 @@ class ScriptedBuffer:
     async def record_step(self, metrics: dict[str, Any]) -> None:
         self.steps.append(metrics)
 
-    async def saved(self, trained: TrainedIteration) -> None:
+    async def published(self, publication: Publication) -> None:
+        self.publications.append(publication)
+
+    async def saved(self, trained: TrainedIteration, publication: Publication) -> None:
         self.done.append(trained)
+        self.publications.append(publication)
 
     async def train(self, iteration: int) -> TrainedIteration:
         while len(self.done) < iteration:
@@ -171,5 +211,16 @@ class ScriptedBuffer:
     async def give_up(self, reason: str) -> None:
         self.gave_up = reason
 
-    async def seen(self) -> tuple[list[int], list[dict[str, Any]]]:
-        return self.asked, self.steps
+    async def seen(self) -> tuple[list[int], list[dict[str, Any]], list[Publication]]:
+        return self.asked, self.steps, self.publications
+
+
+def assert_token_logprobs(probe: Probe, lm: PreTrainedModel) -> None:
+    """The probe's log-probabilities are those of `lm`, one sequence at a time, by transformers."""
+    assert len(probe.logprobs) == len(probe.prompt_ids) == len(probe.response_ids) > 0
+    for prompt, response, logprobs in zip(probe.prompt_ids, probe.response_ids, probe.logprobs, strict=True):
+        tokens = torch.tensor([[*prompt.tolist(), *response.tolist()]])
+        with torch.no_grad():
+            full = lm(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+        assert logprobs.dtype == np.float32
+        np.testing.assert_allclose(logprobs, full[len(prompt) - 1 :].numpy(), atol=1e-4)

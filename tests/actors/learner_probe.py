@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from actors.ranks import Ranks
 from actors.trainer_engine import TrainingEngine
 from sppo_ray.config import Config
 from sppo_ray.errors import LearnerError
-from sppo_ray.types import ReferenceTask, SaveTask, StopTask, TrainTask
+from sppo_ray.types import PublishTask, ReferenceTask, SaveTask, StopTask, TrainTask
 
 
 class Probe:
@@ -85,10 +85,10 @@ class Probe:
                 engine.step(task)
             self.keep(f"{name} {suffix}", engine)
 
-    def checkpoint(self, name: str, **settings: Any) -> None:
+    def checkpoint(self, name: str, epoch: Sequence[TrainTask], **settings: Any) -> None:
         """An epoch, uninterrupted and taken up from DeepSpeed's checkpoint after its first update."""
         config = self.config(**settings)
-        first, second, third = tasks()
+        first, *others = epoch
         going_on = self.engine(config)
         going_on.step(first)
         folder = self.out / f"{name} checkpoint of rank {self.ranks.rank}"  # as Ray Train has them: each its own
@@ -105,25 +105,28 @@ class Probe:
         resumed = self.engine(config)
         resumed.load_checkpoint(together)
         for engine, suffix in ((going_on, "going on"), (resumed, "resumed")):
-            engine.step(second)
-            engine.step(third)
+            for task in others:
+                engine.step(task)
             self.keep(f"{name} {suffix}", engine)
 
     def script(self, name: str, **settings: Any) -> None:
         """The run that the Ray test makes, without Ray and without interruption."""
         engine = self.engine(self.config(**settings))
-        step, saved, references = 0, 0, {}
+        step, saved, references, published = 0, 0, {}, 0
         while True:
-            match scripted_task(step, saved, references):
+            match scripted_task(step, saved, references, published):
                 case ReferenceTask(iteration, rows):
                     references[iteration] = engine.reference(rows)
                 case TrainTask() as task:
                     engine.step(task)
                     step += 1
-                case SaveTask():
+                case PublishTask(version=published):
+                    self.keep(f"{name} version {published}", engine)
+                case SaveTask(version=published):
+                    self.keep(f"{name} version {published}", engine)
                     saved += 1
                 case StopTask():
-                    return self.keep(name, engine)
+                    return
 
     def not_finite(self, name: str, **settings: Any) -> None:
         """One prompt's reference is NaN: every rank must say which."""
@@ -161,7 +164,7 @@ def main(policy: Path, out: Path, rank: int, world: int) -> None:
             probe.restart(f"restart bf16 {stage}", zero_stage=stage, dtype="bfloat16", saved="bfloat16")
         probe.restart("restart rounding 3", zero_stage=3, dtype="float32", saved="bfloat16")
         for stage in (2, 3):
-            probe.checkpoint(f"checkpoint {stage}", zero_stage=stage, dtype="bfloat16", saved="bfloat16")
+            probe.checkpoint(f"checkpoint {stage}", tasks(), zero_stage=stage, dtype="bfloat16", saved="bfloat16")
         probe.turns("turns 3", zero_stage=3)
         probe.script("script", zero_stage=3)
         probe.not_finite("not finite", zero_stage=3)

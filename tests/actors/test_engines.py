@@ -23,6 +23,7 @@ class FakeLLM:
     """Finishes a request `steps` steps after it was added; records calls; raises what it is told to."""
 
     def __init__(self, steps: int = 3) -> None:
+        self.label = "default"  # of the weights, as in vLLM
         self.steps, self.running, self.calls = steps, {}, []  # type: ignore[var-annotated]
         self.fail: dict[str, Exception] = {}
 
@@ -37,11 +38,17 @@ class FakeLLM:
         return [self._output(name, self.running.pop(name)[1]) for name in done]
 
     def _output(self, name: str, params: Any) -> Any:
-        one = [
-            SimpleNamespace(token_ids=[params.seed + i], text="", finish_reason="stop", cumulative_logprob=0.0)
-            for i in range(params.n)
-        ]
-        return SimpleNamespace(request_id=name, outputs=one)
+        return SimpleNamespace(request_id=name, outputs=[self._completion(params.seed + i) for i in range(params.n)])
+
+    def _completion(self, token: int) -> Any:
+        return SimpleNamespace(
+            token_ids=[token],
+            text="",
+            finish_reason="stop",
+            cumulative_logprob=-0.5,
+            logprobs=[{token: SimpleNamespace(logprob=-0.5)}],
+            weight_versions=[SimpleNamespace(version=self.label, start=0, end=1)],
+        )
 
     def abort_request(self, names: list[str]) -> None:
         self.calls.append("abort")
@@ -53,8 +60,12 @@ class FakeLLM:
         if method in self.fail:
             raise self.fail.pop(method)
 
-    def reset_prefix_cache(self) -> None:
+    def reset_prefix_cache(self, reset_running_requests: bool) -> None:
+        assert reset_running_requests
         self.calls.append("reset_prefix_cache")
+
+    def set_weight_version(self, label: str) -> None:
+        self.label = label
 
     def sleep(self, level: int) -> None:
         self.calls.append(f"sleep {level}")

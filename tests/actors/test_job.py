@@ -8,14 +8,10 @@ weights, to the last bit.
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -28,24 +24,9 @@ from datasets import load_dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
-SMALL = (
-    "data.limit=48", "schedule.iterations=2", "learner.batch_size=8", "learner.epochs=1",
-    "evaluation.limit=6", "rollout.in_flight=8",
-)  # fmt: skip
-PROMPTS = 24  # an iteration
+from tests.actors.job_runs import PROMPTS, ROOT, SLOW, manifest, ray_head, shards, sppo, train, wait_for
+
 pytestmark = pytest.mark.timeout(600)
-
-
-def sppo(*arguments: str, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "sppo_ray", *arguments],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
-    )  # fmt: skip
-
-
-def train(run_dir: Path) -> tuple[str, ...]:
-    return ("train", "--config", "configs/tiny_cpu.yaml", f"run.dir={run_dir}", *SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +45,9 @@ def test_the_run_directory_is_complete(whole):
     assert len(output.splitlines()) < 60, output  # the packages' chatter is in the log files
     for name in ("rollout-0", "judge-0", "buffer", "learner-0"):
         assert (run_dir / "logs" / f"{name}.log").stat().st_size > 0
-    manifest = json.loads((run_dir / "manifest.json").read_text())
-    assert (manifest["status"], manifest["groups_trained"], manifest["fidelity"]) == ("done", 48, "paper")
-    assert manifest["overrides_of_preset"]["objective.eta"] == {"preset": 1000.0, "used": 10.0}
+    record = manifest(run_dir)
+    assert (record["status"], record["groups_trained"], record["fidelity"]) == ("done", 48, "paper")
+    assert record["overrides_of_preset"]["objective.eta"] == {"preset": 1000.0, "used": 10.0}
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["run"]["dir"] == str(run_dir)
 
 
@@ -183,15 +164,15 @@ def test_a_worker_s_own_error_comes_first(tmp_path):
     first = output[output.index("failed: ") :]
     assert first.startswith("failed: rollout-0: ")
     assert "KV cache" in first
-    assert json.loads((tmp_path / "run/manifest.json").read_text())["status"] == "failed"
+    assert manifest(tmp_path / "run")["status"] == "failed"
 
 
 @pytest.fixture(scope="module")
 def interrupted(whole, tmp_path_factory) -> Path:
     """A run ended by Ctrl-C while its second iteration is being sampled; leaves no process."""
     run_dir = tmp_path_factory.mktemp("runs") / "interrupted"
-    process = sppo(*train(run_dir))
-    wait_for(lambda: (run_dir / "iter_2/ledger").exists() or process.poll() is not None)
+    process = sppo(*train(run_dir), *SLOW)
+    wait_for(lambda: shards(run_dir, 2) or process.poll() is not None)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
@@ -199,70 +180,36 @@ def interrupted(whole, tmp_path_factory) -> Path:
     assert "goes on where the run stopped" in output
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, alive
-    assert json.loads((run_dir / "manifest.json").read_text())["status"] == "interrupted"
+    assert manifest(run_dir)["status"] == "interrupted"
     assert (run_dir / "iter_1/policy/model.safetensors").exists()
+    assert 0 < shards(run_dir, 2) < PROMPTS
     return run_dir
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
-    """A Ray head as the README starts one, on free ports; yields its job address."""
-    ports = {name: free_port() for name in ("port", "dashboard-port")}
-    token = tmp_path_factory.mktemp("ray") / "token"
-    token.write_text("a-token-for-this-test-of-thirty-two-characters")
-    token.chmod(0o600)
-    env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"  # as in an activated environment
-    command = [
-        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
-        "--dashboard-host=127.0.0.1", *(f"--{name}={port}" for name, port in ports.items()), "--include-dashboard=true",
-        f"--temp-dir={tmp_path_factory.mktemp('r')}",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{ports['dashboard-port']}"
-    wait_for(lambda: answers(ports["dashboard-port"]))
-    yield address, env
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    process.terminate()
-    for left in psutil.wait_procs(family, timeout=30)[1]:
-        left.kill()
-
-
-def submit(head, run_dir: Path, *options: str, overrides: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    address, env = head
-    ray = str(Path(sys.executable).parent / "ray")
-    return subprocess.run(
-        [
-            ray, "job", "submit", "--address", address, "--working-dir", str(ROOT),
-            "--runtime-env", str(ROOT / "configs/ray/runtime_env.yaml"), *options,
-            "--", "python", "scripts/train.py", *train(run_dir)[1:], *overrides,
-        ],
-        env=env, cwd="/", capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
+    with ray_head(tmp_path_factory.mktemp("h")) as started:
+        yield started
 
 
 def test_a_stopped_job_leaves_no_actor_and_a_resumable_run(interrupted, head):
-    address, env = head
-    before = len(list((interrupted / "iter_2/ledger").glob("shard-*.parquet")))
-    assert before > 0
-    assert submit(head, interrupted, "--no-wait", "--submission-id", "to-stop").returncode == 0
-    wait_for(lambda: json.loads((interrupted / "manifest.json").read_text()).get("resumed"))
-    wait_for(lambda: "rollout-0" in {a["name"] for a in actors(address, env) if a["state"] == "ALIVE"})
-    stop = [str(Path(sys.executable).parent / "ray"), "job", "stop", "--address", address, "to-stop"]
-    subprocess.run(stop, env=env, capture_output=True, timeout=60, check=True)
+    job = head.submit(interrupted, *SLOW, options=("--no-wait", "--submission-id", "to-stop"))
+    assert job.returncode == 0, job.stderr
+    wait_for(lambda: manifest(interrupted).get("resumed"))
+    wait_for(lambda: "rollout-0" in head.alive())
+    assert head.job("stop", "to-stop").returncode == 0
     ours = {"rollout-0", "judge-0", "learner", "buffer", "weights"}
-    wait_for(lambda: not ours & {a["name"] for a in actors(address, env) if a["state"] == "ALIVE"}, timeout=60)
-    assert json.loads((interrupted / "manifest.json").read_text())["status"] == "interrupted"
+    wait_for(lambda: not ours & head.alive(), timeout=60)
+    assert manifest(interrupted)["status"] == "interrupted"
 
 
 def test_an_interrupted_run_goes_on_as_a_ray_job_and_ends_the_same(whole, interrupted, head):
-    address, env = head
-    job = submit(head, interrupted, overrides=("rollout.num_workers=2", "judge.num_workers=2"))
+    job = head.submit(interrupted, "rollout.num_workers=2", "judge.num_workers=2")
     assert job.returncode == 0, job.stdout + job.stderr
     assert "going on after iteration 1" in job.stdout
     assert "already in the ledger" in job.stdout
     namespace = re.search(r"namespace (\S+)\)", job.stdout).group(1)
-    named = {a["name"]: a["repr_name"] for a in actors(address, env) if a["ray_namespace"] == namespace}
+    named = {a["name"]: a["repr_name"] for a in head.actors() if a["ray_namespace"] == namespace}
     assert named["rollout-0"] == "RolloutWorker(rollout-0, cpu, v1)"
     assert named["judge-0"] == "JudgeWorker(judge-0, cpu)"
     assert named["learner"] == "LearnerActor(learner, 1 ranks on cpu)"
@@ -273,30 +220,3 @@ def test_an_interrupted_run_goes_on_as_a_ray_job_and_ends_the_same(whole, interr
             assert one.equals(other), (t, name)
         weights = [(f / f"iter_{t}/policy/model.safetensors").read_bytes() for f in (whole[0], interrupted)]
         assert weights[0] == weights[1]
-
-
-def actors(address: str, env: dict[str, str]) -> list[dict]:
-    """What the dashboard lists, dead actors included."""
-    token = env.get("RAY_AUTH_TOKEN") or Path(env["RAY_AUTH_TOKEN_PATH"]).read_text()
-    request = urllib.request.Request(f"{address}/api/v0/actors?detail=1", headers={"Authorization": f"Bearer {token}"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)["data"]["result"]["result"]
-
-
-def wait_for(condition, timeout=300):
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.1)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0

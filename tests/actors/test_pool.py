@@ -1,4 +1,4 @@
-"""Pools over cheap actors: dispatch, the words of a failure, deaths, time limits."""
+"""Pools over cheap actors: dispatch, the words of a failure, deaths, rolling updates, time limits, workers that leave."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import ray
 
-from actors import pool as pool_module
+from actors import workers as workers_module
 from actors.pool import JudgePool, RolloutPool, call
 from actors.weights import NAME, WeightsHub
 from sppo_ray.config import Config
-from sppo_ray.errors import WeightSyncError, WorkerFailed
+from sppo_ray.errors import GroupAborted, WeightSyncError, WorkerFailed
 from sppo_ray.types import Prompt, Receipt, Sampling
 from sppo_ray.weight_chunks import WeightChunk
 
@@ -25,39 +25,92 @@ def sampling(seed: int = 0) -> Sampling:
     return Sampling(1.0, 1.0, 4, (seed,))
 
 
+class Gate:
+    """Where calls wait until they are let through; knows who waits and how many waited at most."""
+
+    def __init__(self) -> None:
+        self.inside: list[str] = []
+        self.most = 0
+        self.passes = asyncio.Semaphore(0)
+
+    async def enter(self, name: str) -> None:
+        self.inside.append(name)
+        self.most = max(self.most, len(self.inside))
+        await self.passes.acquire()
+        self.inside.remove(name)
+
+    async def open(self, passes: int) -> None:
+        for _ in range(passes):
+            self.passes.release()
+
+    async def state(self) -> tuple[list[str], int]:
+        return self.inside, self.most
+
+
+async def waiting(gate: Any, count: int) -> list[str]:
+    """Who waits at the gate, once `count` do."""
+    async with asyncio.timeout(30):
+        while True:
+            inside, _ = await gate.state.remote()
+            if len(inside) == count:
+                return inside
+            await asyncio.sleep(0.05)
+
+
+@pytest.fixture
+def gate(ray_local: None) -> Any:
+    gate = ray.remote(Gate).options(num_cpus=0).remote()
+    yield gate
+    ray.kill(gate)
+
+
 def start(name: str, max_restarts: int = 3, **behaviour: Any) -> Any:
-    """A stand-in for a worker: `die_at` seed, `checksum` to answer a load with, `load_s` to take for it."""
+    """A stand-in for a worker: `die_at` seed, `checksum` to answer a load with, `load_s` to take for it, `gate` where
+    loads and the groups of seed 77 wait, `holds` the version that it knows the hub to hold."""
 
     class Worker:
-        async def generate(self, prompt: Any, sampling: Any, iteration: int) -> tuple[Any, Any]:
+        async def generate(self, prompt: Any, sampling: Any, iteration: int, epoch: int, protected: bool) -> Any:
             import os
 
-            if sampling.seeds[0] == behaviour.get("die_at"):
+            seed = sampling.seeds[0]
+            if seed == behaviour.get("die_at"):
                 os._exit(1)
-            if sampling.seeds[0] == 66:
+            if seed == 66:
                 raise ValueError("prompt too long")
+            if seed == 67 and not protected:
+                raise GroupAborted(f"{name}: version 3 came")
+            if seed == 77:
+                await behaviour["gate"].enter.remote(name)
             await asyncio.sleep(0.05)
-            return [name] * 200_000, Receipt(prompt.prompt_id, name, 1, 0, 0)
+            return [name] * 200_000, Receipt(prompt.prompt_id, name, 1, 0, 0, iteration, epoch)
 
         async def load(self, version: int) -> str:
+            if "gate" in behaviour:
+                await behaviour["gate"].enter.remote(name)
             await asyncio.sleep(behaviour.get("load_s", 0))
+            if version != behaviour.get("holds", version):
+                raise WeightSyncError(f"{name}: the hub has another version")
             return str(behaviour.get("checksum", "right"))
 
         async def ping(self) -> str:
             return name
 
-        async def score(self, source: str, candidates: list[str]) -> Any:
+        async def score(self, source: Any, candidates: Any) -> Any:
             return np.ones((len(candidates), len(candidates)), np.float32)
 
     return ray.remote(Worker).options(num_cpus=0.01, max_restarts=max_restarts, max_concurrency=100).remote()
 
 
+def publish(hub: Any, version: int) -> None:
+    ray.get(hub.begin.remote(version))
+    ray.get(hub.put_chunk.remote(version, 0, WeightChunk((), (), (), np.zeros(0, np.uint8))))
+    ray.get(hub.commit.remote(version, "right", 1))
+
+
 @pytest.fixture(scope="module")
 def hub(ray_local: None, actor_config: Config) -> Any:
     hub = ray.remote(WeightsHub).options(num_cpus=0).remote(actor_config)
-    ray.get(hub.begin.remote(1))
-    ray.get(hub.put_chunk.remote(1, 0, WeightChunk((), (), (), np.zeros(0, np.uint8))))
-    ray.get(hub.commit.remote(1, "right", 1))
+    publish(hub, 1)
     yield hub
     ray.kill(hub)
 
@@ -82,6 +135,8 @@ async def test_the_least_loaded_worker_is_taken(config: Config, good: Any, hub: 
     names = [handle.receipt.worker for handle in handles]
     assert sorted(names) == ["good-0"] * 5 + ["good-1"] * 5
     assert isinstance(handles[0].ref, ray.ObjectRef)
+    assert (await pool.generate(PROMPT, sampling(), 2, epoch=4)).receipt.epoch == 4
+    assert (await pool.score(np.zeros(2, np.int32), np.zeros(3, np.int32))).shape == (3, 3)
     assert (await JudgePool(config, good).score("x", ["a", "b"])).shape == (2, 2)
 
 
@@ -94,14 +149,26 @@ async def test_an_error_begins_with_the_workers_name(config: Config, good: Any, 
         await call(hub, NAME, "commit", 9, "x", 1)
 
 
+async def test_an_aborted_group_is_no_failure(config: Config, good: Any, hub: Any) -> None:
+    pool = RolloutPool(config, good, hub)
+    with pytest.raises(GroupAborted, match=r"^good-0: version 3 came$") as caught:
+        await pool.generate(PROMPT, sampling(67), 1)
+    assert type(caught.value) is GroupAborted  # Ray's own error is an instance of it, too
+    assert (await pool.generate(PROMPT, sampling(67), 1, protected=True)).receipt.prompt_id == "p"
+
+
 async def test_a_lost_call_is_made_again_on_another_worker(config: Config, good: Any, hub: Any) -> None:
     mortal = start("mortal", die_at=13)
     pool = RolloutPool(config, {"mortal": mortal, "good-0": good["good-0"]}, hub)
     await pool.ready()
+    each = config.rollout.in_flight
+    assert pool.slots == 2 * each
     assert (await pool.generate(PROMPT, sampling(13), 1)).receipt.worker == "good-0"
+    assert pool.slots == each
     async with asyncio.timeout(30):
         while (await pool.generate(PROMPT, sampling(1), 1)).receipt.worker != "mortal":
             await asyncio.sleep(0.2)  # it comes back by itself
+    assert pool.slots == 2 * each
     ray.kill(mortal)
 
 
@@ -116,30 +183,107 @@ async def test_a_call_that_kills_every_worker_ends(config: Config, hub: Any) -> 
 
 
 async def test_a_worker_that_is_gone_for_good(config: Config, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "PATIENCE", 2)
+    monkeypatch.setattr(workers_module, "PATIENCE", 2)
     mortal = start("mortal", max_restarts=0, die_at=13)
     pool = RolloutPool(config, {"mortal": mortal}, hub)
     await pool.ready()
     with pytest.raises(WorkerFailed, match=r"^mortal: the actor is dead and is not restarted"):
         await pool.generate(PROMPT, sampling(13), 1)
+    assert pool.slots == config.rollout.in_flight  # enough for a call to find out
 
 
 async def test_load_checks_every_checksum(config: Config, good: Any, hub: Any) -> None:
-    await RolloutPool(config, good, hub).load(1)
+    report = await RolloutPool(config, good, hub).load(1)
+    assert {name: (f["version"], f["checksum"]) for name, f in report.items()} == dict.fromkeys(good, (1, "right"))
     liar = start("liar", checksum="wrong")
-    with pytest.raises(WeightSyncError, match=r"checksum right, but liar has wrong"):
+    with pytest.raises(WeightSyncError, match=r"liar: has checksum wrong, but .* with checksum right"):
         await RolloutPool(config, good | {"liar": liar}, hub).load(1)
     with pytest.raises(WeightSyncError, match=r"version 2 was to be loaded but version 1"):
         await RolloutPool(config, good, hub).load(2)
     ray.kill(liar)
 
 
-async def test_load_names_who_does_not_answer(config: Config, good: Any, hub: Any) -> None:
+@pytest.mark.parametrize("all_at_once", [True, False])
+async def test_load_names_who_does_not_answer(config: Config, good: Any, hub: Any, all_at_once: bool) -> None:
     slow = start("slow", load_s=60)
-    pool = RolloutPool(config, good | {"slow": slow}, hub)
+    pool = RolloutPool(config, {"slow": slow} | good, hub, all_at_once)
     await pool.ready()
     began = time.monotonic()
     with pytest.raises(WeightSyncError, match=r"slow: no answer in 3 s$"):
         await pool.load(1)
     assert time.monotonic() - began < 10
     ray.kill(slow)
+
+
+async def test_an_update_rolls_while_the_others_sample(config: Config, hub: Any, gate: Any) -> None:
+    weights = config.weights.model_copy(update={"at_once": 0.6, "timeout_s": 60})
+    config = config.model_copy(update={"weights": weights})
+    workers = {f"w-{n}": start(f"w-{n}", gate=gate) for n in range(4)}
+    pool = RolloutPool(config, workers, hub, all_at_once=False)
+    await pool.ready()
+    update = asyncio.create_task(pool.load(1))
+    first = await waiting(gate, 2)  # floor(0.6 * 4)
+    handles = await asyncio.gather(*(pool.generate(PROMPT, sampling(), 1) for _ in range(8)))
+    others = set(workers) - set(first)
+    assert {handle.receipt.worker for handle in handles} == others
+    assert pool.slots == 4 * config.rollout.in_flight
+    await gate.open.remote(4)
+    assert list(await update) == list(workers)
+    assert await gate.state.remote() == ([], 2)
+
+    update = asyncio.create_task(RolloutPool(config, workers, hub, all_at_once=True).load(1))
+    assert set(await waiting(gate, 4)) == set(workers)
+    await gate.open.remote(4)
+    await update
+    for worker in workers.values():
+        ray.kill(worker)
+
+
+async def test_the_time_limit_is_each_workers_own(config: Config, hub: Any) -> None:
+    workers = {f"slow-{n}": start(f"slow-{n}", load_s=1.6) for n in range(2)}  # 3.2 s in turn, the limit is 3 s
+    pool = RolloutPool(config, workers, hub, all_at_once=False)
+    await pool.ready()
+    report = await pool.load(1)
+    assert all(1.6 <= figures["seconds"] < 3 for figures in report.values())
+    for worker in workers.values():
+        ray.kill(worker)
+
+
+async def test_what_is_published_during_an_update_is_served_after_it(config: Config, gate: Any) -> None:
+    hub = ray.remote(WeightsHub).options(num_cpus=0).remote(config)
+    publish(hub, 1)
+    worker = start("w", gate=gate, holds=2)
+    pool = RolloutPool(config, {"w": worker}, hub, all_at_once=False)
+    await pool.ready()
+    update = asyncio.create_task(pool.load(1))
+    await waiting(gate, 1)
+    publish(hub, 2)
+    await gate.open.remote(2)
+    assert (await update)["w"]["version"] == 2
+    publish(hub, 3)
+    await gate.open.remote(1)
+    with pytest.raises(WeightSyncError, match="w: WeightSyncError: the hub has another version"):
+        await pool.load(3)  # the hub did not move on: the refusal is an error
+    for actor in (hub, worker):
+        ray.kill(actor)
+
+
+async def test_a_worker_leaves_when_its_calls_are_done(config: Config, hub: Any, gate: Any) -> None:
+    workers = {name: start(name, gate=gate) for name in ("w-0", "w-1")}
+    pool = RolloutPool(config, workers, hub, all_at_once=False)
+    await pool.ready()
+    held = [asyncio.create_task(pool.generate(PROMPT, sampling(77), 1)) for _ in range(2)]
+    assert set(await waiting(gate, 2)) == {"w-0", "w-1"}
+    leaving = asyncio.create_task(pool.remove("w-1"))
+    handles = await asyncio.gather(*(pool.generate(PROMPT, sampling(), 1) for _ in range(4)))
+    assert {handle.receipt.worker for handle in handles} == {"w-0"}
+    assert pool.names == ["w-0"]
+    assert pool.slots == config.rollout.in_flight
+    assert not leaving.done()
+    await gate.open.remote(2)
+    assert {(await call).receipt.worker for call in held} == {"w-0", "w-1"}
+    assert await leaving == workers["w-1"]
+    with pytest.raises(ValueError, match="w-0 is the last worker"):
+        await pool.remove("w-0")
+    for worker in workers.values():
+        ray.kill(worker)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 import torch
-from serving_factory import Serving
+from serving_factory import Serving, start_worker
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.judge import JudgeWorker
 from actors.pool import JudgePool, RolloutPool
-from sppo_ray.errors import WorkerFailed
-from sppo_ray.types import Prompt, ResponseGroup, Sampling
+from sppo_ray.errors import GroupAborted, WorkerFailed
+from sppo_ray.types import Prompt, Receipt, ResponseGroup, Sampling
 
 GREEDY = Sampling(0.0, 1.0, 24, (0,))
 
@@ -29,6 +30,13 @@ async def groups(pool: RolloutPool, prompts: list[Prompt], order: list[int]) -> 
     handles = await asyncio.gather(*(pool.generate(prompts[i], sampled(i), 1) for i in order))
     fetched = {i: await handle.ref for i, handle in zip(order, handles, strict=True)}
     return [fetched[i] for i in range(len(prompts))]
+
+
+async def generate(
+    worker: Any, prompt: Prompt, sampling: Sampling, iteration: int = 1, epoch: int = 0, protected: bool = False
+) -> tuple[ResponseGroup, Receipt]:
+    group, receipt = worker.generate.options(num_returns=2).remote(prompt, sampling, iteration, epoch, protected)
+    return await group, await receipt
 
 
 def tokens(group: ResponseGroup) -> list[tuple[list[int], float, str]]:
@@ -58,6 +66,8 @@ async def test_group_and_receipt(base: Serving, prompts: list[Prompt], policy: P
     (second,) = tokenizer.encode(" because", add_special_tokens=False)
     pool = base.pool()
     handles = await asyncio.gather(*(pool.generate(p, sampled(i), 7) for i, p in enumerate(prompts)))
+    group, receipt = await generate(base.workers["rollout-0"], prompts[0], GREEDY, 7, 2)
+    assert (group.iteration, group.epoch) == (receipt.iteration, receipt.epoch) == (7, 2)
     last_tokens = set()
     for i, handle in enumerate(handles):
         group = await handle.ref
@@ -79,17 +89,79 @@ async def test_group_and_receipt(base: Serving, prompts: list[Prompt], policy: P
     assert {2, second} <= last_tokens  # both kinds of stop were seen
 
 
-async def test_recorded_logprob_is_the_full_softmax_at_temperature_one(
-    base: Serving, prompts: list[Prompt], policy: Path
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 0.8), (1.3, 1.0)])
+async def test_recorded_logprobs_are_of_the_full_softmax_at_temperature_one(
+    base: Serving, prompts: list[Prompt], policy: Path, temperature: float, top_p: float
 ) -> None:
+    """Token by token against transformers, and the worker's teacher-forced score of the same response too."""
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
-    for i, group in enumerate(await groups(base.pool(), prompts[:4], [0, 1, 2, 3])):
+    worker = base.workers["rollout-0"]
+    for prompt in prompts[:4]:
+        group, _ = await generate(worker, prompt, Sampling(temperature, top_p, 48, (0, 1, 2)))
         for response in group.responses:
-            ids = torch.from_numpy(np.concatenate([prompts[i].token_ids, response.token_ids])).long()
+            ids = torch.from_numpy(np.concatenate([prompt.token_ids, response.token_ids])).long()
             with torch.no_grad():
                 logps = model(ids[None]).logits[0, :-1].log_softmax(-1)
-            taken = logps.gather(1, ids[1:, None])[-len(response.token_ids) :]
-            assert abs(taken.double().sum().item() - response.logprob) < 1e-4
+            taken = logps.gather(1, ids[1:, None])[-len(response.token_ids) :, 0].numpy()
+            assert response.token_logprobs.dtype == np.float32
+            np.testing.assert_allclose(response.token_logprobs, taken, atol=1e-4)
+            assert response.logprob == pytest.approx(taken.sum(dtype=np.float64), abs=1e-4)
+            np.testing.assert_allclose(
+                await worker.score.remote(prompt.token_ids, response.token_ids), taken, atol=1e-4
+            )
+
+
+async def test_a_worker_keeps_or_aborts_groups_as_configured(
+    base: Serving, base_weights: dict[str, torch.Tensor], prompts: list[Prompt], policy: Path
+) -> None:
+    """New weights arrive while the first of many groups is done and most still wait in vLLM."""
+    workers = {}
+    for pause in ("keep", "abort"):
+        rollout = base.config.rollout.model_copy(update={"max_num_seqs": 4})
+        weights = base.config.weights.model_copy(update={"pause": pause})
+        config = base.config.model_copy(update={"rollout": rollout, "weights": weights})
+        workers[pause] = start_worker(f"rollout-{pause}", config, policy, 0)
+    await asyncio.gather(*(worker.ping.remote() for worker in workers.values()))
+    old = base.version
+    base.publish({name: weight + 0.01 for name, weight in base_weights.items()})
+
+    async def update_in_the_middle(pause: str) -> list[tuple[ResponseGroup, Receipt] | BaseException]:
+        worker = workers[pause]
+        groups = [
+            asyncio.create_task(generate(worker, p, Sampling(1.3, 1.0, 200, tuple(range(8))), i, protected=i == 11))
+            for i, p in enumerate(prompts)
+        ]
+        await asyncio.wait(groups, return_when=asyncio.FIRST_COMPLETED)
+        await worker.load.remote(base.version)
+        return await asyncio.gather(*groups, return_exceptions=True)
+
+    kept = await update_in_the_middle("keep")
+    mixed = 0
+    for result in kept:
+        assert not isinstance(result, BaseException), result
+        group, receipt = result
+        assert receipt.version == group.version_start
+        if group.version_start == group.version_end:
+            assert all(response.token_versions is None for response in group.responses)
+            continue
+        mixed += 1
+        assert (group.version_start, group.version_end) == (old, base.version)
+        every = [response.token_versions for response in group.responses]
+        assert [len(v) for v in every] == [len(response.token_ids) for response in group.responses]
+        assert {int(v) for v in np.concatenate(every)} == {old, base.version}
+    assert mixed >= 1
+
+    aborted = await update_in_the_middle("abort")
+    errors = [(i, result) for i, result in enumerate(aborted) if isinstance(result, BaseException)]
+    assert errors
+    for i, error in errors:
+        assert isinstance(error, GroupAborted)
+        assert f"rollout-abort: prompt {prompts[i].prompt_id!r}" in str(error)
+    whole = [result[0] for result in aborted if not isinstance(result, BaseException)]
+    assert {(group.version_start, group.version_end) for group in whole} == {(old, old)}
+    assert whole[-1].prompt.prompt_id == prompts[11].prompt_id  # the protected one, last in the queue
+    for worker in workers.values():
+        ray.kill(worker)
 
 
 async def test_reference_seeds_are_requests_of_their_own(base: Serving, prompts: list[Prompt]) -> None:

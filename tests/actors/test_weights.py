@@ -16,10 +16,14 @@ from safetensors.torch import save_file
 from serving_factory import Serving, start_worker
 
 from actors.pool import RolloutPool
+from actors.publish import publish, publish_folder
+from actors.ranks import Ranks
+from sppo_ray.config import Config
 from sppo_ray.errors import WeightSyncError
 from sppo_ray.types import Prompt, ResponseGroup, Sampling
-from sppo_ray.weight_chunks import WeightChunk, pack
+from sppo_ray.weight_chunks import Checksum, WeightChunk, pack
 
+ALONE = Ranks(rank=0, world=1, group=None)  # a learner of one rank
 GREEDY = Sampling(0.0, 1.0, 32, (0,))
 Weights = dict[str, torch.Tensor]
 
@@ -121,16 +125,23 @@ async def test_a_load_waits_for_running_groups_and_later_ones_see_the_new_weight
     early = [asyncio.create_task(pool.generate(p, Sampling(1.0, 1.0, 100, (0, 50, 100)), 1)) for p in prompts]
     await asyncio.sleep(0.1)
     serving.publish(changed(base_weights, 4))
+
+    async def versions() -> tuple[int, int]:
+        group: ResponseGroup = await (await pool.generate(prompts[0], GREEDY, 1)).ref
+        return group.version_start, group.version_end
+
+    one_after_another = [await versions()]
     load = asyncio.create_task(pool.load(serving.version))
-    late = [asyncio.create_task(pool.generate(p, GREEDY, 1)) for p in prompts]
+    while not load.done():
+        one_after_another.append(await versions())
     await load
-    versions = [
-        {(group.version_start, group.version_end) for group in [await (await task).ref for task in tasks]}
-        for tasks in (early, late)
-    ]
-    assert versions[0] == {(old, old)}
-    assert versions[1] <= {(old, old), (serving.version, serving.version)}
-    assert (await pool.generate(prompts[0], GREEDY, 1)).receipt.version == serving.version
+    one_after_another.append(await versions())
+    assert {(g.version_start, g.version_end) for g in [await (await task).ref for task in early]} == {(old, old)}
+    # No group is a mixture, and once the new weights have served the old ones never do again.
+    before, after = (old, old), (serving.version, serving.version)
+    assert one_after_another == sorted(one_after_another)
+    assert set(one_after_another) == {before, after}
+    assert (one_after_another[0], one_after_another[-1]) == (before, after)
 
 
 async def test_a_killed_worker_is_replaced_and_serves_the_current_version(
@@ -150,6 +161,116 @@ async def test_a_killed_worker_is_replaced_and_serves_the_current_version(
     stats = (await pool.stats())["rollout-1"]
     assert stats["pid"] != pid
     assert stats["version"] == serving.version
+
+
+def through(channel: str, serving: Serving, run_dir: Path) -> Config:
+    """The config with another channel, and a run directory of the test's own."""
+    weights = serving.config.weights.model_copy(update={"channel": channel, "chunk_mb": 1})
+    run = serving.config.run.model_copy(update={"dir": str(run_dir)})
+    return serving.config.model_copy(update={"weights": weights, "run": run})
+
+
+def published(config: Config, serving: Serving, weights: Weights, policy: Path) -> str:
+    serving.version += 1
+    return publish(config, serving.hub, ALONE, serving.version, iter(weights.items()), str(policy))
+
+
+async def test_every_channel_serves_the_same(
+    serving: Serving, base_weights: Weights, prompts: list[Prompt], policy: Path, tmp_path: Path
+) -> None:
+    """The disk channel keeps the folder that is served and the one before it; a saved policy is served from its own."""
+    pool, by_disk = serving.pool(), through("disk", serving, tmp_path)
+    weights = changed(base_weights, 6)
+
+    checksums = {published(through("ray", serving, tmp_path), serving, weights, policy)}
+    await pool.load(serving.version)
+    served = await greedy(pool, prompts)
+    published(by_disk, serving, base_weights, policy)
+    await pool.load(serving.version)
+    assert await greedy(pool, prompts) != served
+    checksums.add(published(by_disk, serving, dict(reversed(weights.items())), policy))
+    await pool.load(serving.version)
+    assert await greedy(pool, prompts) == served
+    assert {s["checksum"] for s in (await pool.stats()).values()} == checksums
+    current = await serving.hub.current.remote()
+    assert (current.folder, current.chunk_refs) == (str(tmp_path / f"weights/v{serving.version}"), ())
+
+    checksums.add(published(by_disk, serving, weights, policy))
+    last = serving.version
+    assert {f.name for f in (tmp_path / "weights").iterdir()} == {f"v{last - 1}", f"v{last}"}
+    serving.version += 1
+    checksums.add(publish_folder(by_disk, serving.hub, tmp_path / "weights" / f"v{last}", serving.version))
+    assert len(checksums) == 1
+    assert (await serving.hub.current.remote()).folder == str(tmp_path / f"weights/v{last}")
+    # The same version again, as after a restart of the learner: not over the folder that is read.
+    assert publish(by_disk, serving.hub, ALONE, serving.version, iter(weights.items()), str(policy)) in checksums
+    assert publish(by_disk, serving.hub, ALONE, serving.version, iter(weights.items()), str(policy)) in checksums
+    again = {f"v{serving.version}", f"v{serving.version}.1"}
+    assert {f.name for f in (tmp_path / "weights").iterdir()} == again
+    # What is outside the run directory may not be seen by all nodes.
+    serving.version += 1
+    publish_folder(by_disk, serving.hub, policy, serving.version)
+    current = await serving.hub.current.remote()
+    assert current.folder is None
+    assert current.chunk_refs
+
+
+def test_other_ranks_take_part_in_the_gathering_and_leave_the_hub_alone(actor_config: Config) -> None:
+    tensors = iter([("a", torch.zeros(1)), ("b", torch.zeros(1))])
+    assert publish(actor_config, None, Ranks(rank=1, world=2, group=None), 1, tensors, "") == ""
+    assert next(tensors, None) is None
+
+
+@pytest.mark.parametrize("damage", ["byte", "cut", "gone"])
+async def test_a_damaged_folder_is_refused_and_the_worker_serves_on(
+    damage: str, serving: Serving, base_weights: Weights, prompts: list[Prompt], policy: Path, tmp_path: Path
+) -> None:
+    pool, by_disk = serving.pool("rollout-0"), through("disk", serving, tmp_path)
+    published(by_disk, serving, base_weights, policy)
+    await pool.load(serving.version)
+    before, served = await greedy(pool, prompts), serving.version
+    published(by_disk, serving, changed(base_weights, 7), policy)
+    file = tmp_path / f"weights/v{serving.version}/model.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "byte":
+        content[-1000] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(content[:-1000])
+    else:
+        file.unlink()
+    reason = "checksum" if damage == "byte" else "failed: .*Error"
+    with pytest.raises(WeightSyncError, match=f"rollout-0: .*{reason}"):
+        await pool.load(serving.version)
+    assert await greedy(pool, prompts) == before
+    assert (await pool.stats())["rollout-0"]["version"] == served
+
+
+async def test_a_broadcast_that_fails_is_not_repeated_and_pulling_heals(
+    serving: Serving, base_weights: Weights, prompts: list[Prompt]
+) -> None:
+    """No GPU here, so it fails before anything is sent; a worker that the broadcast is not for pulls."""
+    pool, hub = serving.pool(), serving.hub
+    serving.publish(base_weights)
+    await pool.load(serving.version)
+    before = await greedy(pool, prompts)
+    serving.version += 1
+    await hub.begin.remote(serving.version)
+    (chunk,) = pack(changed(base_weights, 8).items(), 1 << 30)
+    await hub.put_chunk.remote(serving.version, 0, chunk)
+    checksum = Checksum()
+    checksum.update(chunk)
+    incomplete = {"rollout-0": {"broadcast": {"init": {}, "update": {}, "checksum": checksum.hexdigest()}}}
+    await hub.commit.remote(serving.version, checksum.hexdigest(), 1, incomplete)
+    with pytest.raises(WeightSyncError, match=r"rollout-0: .*broadcast failed half-way"):
+        await pool.load(serving.version)
+    with pytest.raises(Exception, match=r"rollout-0: .*interrupted"):
+        await greedy(serving.pool("rollout-0"), prompts[:1])
+    pulled = await greedy(serving.pool("rollout-1"), prompts)
+    assert pulled != before
+    await hub.end_broadcast.remote()
+    await pool.load(serving.version)
+    assert await greedy(serving.pool("rollout-0"), prompts) == pulled
 
 
 async def test_hub_refuses_wrong_order_and_missing_chunks(serving: Serving, base_weights: Weights) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,6 +65,15 @@ def test_an_epoch_visits_every_example_once(n: int, seed: int, iteration: int, e
     assert all(1 <= len(batch) <= size for batch in cut)
 
 
+def test_recorded_log_probabilities_are_cut_with_their_tokens() -> None:
+    before = replace(example(600, 900, 5), token_logprobs=(-np.arange(900.0), -np.arange(5.0)))
+    after, _ = truncate(before, max_length=1024, max_prompt_length=512)
+    assert [len(ids) for ids in after.response_ids] == [512, 5]
+    np.testing.assert_array_equal(after.token_logprobs[0], -np.arange(512.0))  # of the first tokens
+    np.testing.assert_array_equal(after.token_logprobs[1], -np.arange(5.0))
+    assert truncate(example(600, 900, 5), 1024, 512)[0].token_logprobs == ()  # where none were recorded
+
+
 def test_epochs_and_iterations_are_shuffled_differently() -> None:
     orders = {tuple(epoch_order(50, 42, t, e)) for t in (1, 2, 3) for e in (0, 1)}
     assert len(orders) == 6
@@ -108,7 +118,7 @@ def test_projections_are_enough_for_every_rank(case: tuple[list[int], int, int],
 
 
 def test_collate() -> None:
-    batch = collate([example(3, 2, 1), None], responses=2, pad_id=7)
+    batch = collate([replace(example(3, 2, 1), staleness=4), None], responses=2, pad_id=7)
     np.testing.assert_array_equal(
         batch.input_ids,
         [[0, 1, 2, 1000, 1001], [0, 1, 2, 1000, 7], [0, 0, 7, 7, 7], [0, 0, 7, 7, 7]],
@@ -116,6 +126,7 @@ def test_collate() -> None:
     np.testing.assert_array_equal(batch.attention_mask.sum(axis=1), [5, 4, 2, 2])
     np.testing.assert_array_equal(batch.response_mask.nonzero(), [[0, 0, 1, 2, 3], [3, 4, 3, 1, 1]])
     np.testing.assert_array_equal(batch.weight, [1, 0])
+    np.testing.assert_array_equal(batch.staleness, [4, 0])
     assert batch.p_hat.shape == batch.reference.shape == (2, 2)
 
 

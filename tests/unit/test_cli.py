@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from sppo_ray.cli import app
+from sppo_ray.cli import _refuse_unfit, app
+from sppo_ray.errors import ConfigError
+from tests.unit.gpu_configs import gpu_config
 
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "sppo_ray" / "assets"
@@ -89,10 +91,6 @@ def test_impossible_layout(refused):
     assert "set rollout.num_workers=8" in message
 
 
-def test_async_is_not_there_yet(refused):
-    assert "schedule.mode=sync" in refused("schedule.mode=async")
-
-
 @pytest.mark.parametrize(
     ("without", "part"),
     [
@@ -149,6 +147,19 @@ def test_plan_refuses_what_does_not_fit():
     result = CliRunner().invoke(app, ["plan", "--config", config, "cluster.gpu_memory_gb=24"])
     assert result.exit_code == 2
     assert "24" in result.stderr
+
+
+def test_train_refuses_what_does_not_fit_before_it_reads_anything(refused):
+    message = refused("cluster.gpu_memory_gb=24", config=str(ROOT / "configs/mistral_7b.yaml"))
+    assert "every GPU, training" in message
+    assert "cluster.gpu_memory_gb=24" in message
+
+
+def test_a_model_of_unknown_shape_is_not_refused_for_its_memory():
+    with pytest.raises(ConfigError, match="every GPU, training"):
+        _refuse_unfit(gpu_config(1))
+    _refuse_unfit(gpu_config(1, sections={"policy": {"model": "someone/unheard-of-7b"}}))
+    _refuse_unfit(gpu_config(1, sections={"judge": {"model": "someone/unheard-of-judge"}}))
 
 
 def test_version_and_help():

@@ -42,14 +42,15 @@ def test_gpu_config_says_nothing_that_holds_anyway(path: Path) -> None:
 def test_gpu_config_fits_its_gpus_and_has_known_steps(path: Path) -> None:
     plan = make_plan(load_config(path))
     refuse_unfit(plan)
-    assert plan.layout.kind == "colocated"
+    assert plan.layout.kind == ("disaggregated" if path.stem.endswith("_async") else "colocated")
     assert [iteration.steps for iteration in plan.iterations] == [309, 312, 313]
     learner = plan.config.learner
     assert learner.batch_size % (learner.num_workers * learner.micro_batch_size) == 0
 
 
 def test_authors_batches() -> None:
-    batches = {path.stem: load_config(path).learner.micro_batch_size for path in ON_GPUS}
+    sync = [path for path in ON_GPUS if not path.stem.endswith("_async")]
+    batches = {path.stem: load_config(path).learner.micro_batch_size for path in sync}
     assert batches == {"mistral_7b": 8, "llama3_8b": 8, "gemma2_9b": 4}  # 8x1, 8x1, 4x2 on 8 GPUs
 
 
@@ -61,8 +62,18 @@ def _imported_by(code: str) -> set[str]:
 
 
 def test_config_and_plan_import_no_torch() -> None:
-    loaded = _imported_by("import sppo_ray.config, sppo_ray.config_io, sppo_ray.layout, sppo_ray.memory")
-    assert not loaded & {"torch", "transformers", "ray", "vllm", "deepspeed"}
+    """Not even when a plan is made and shown: refusing bad input should take no longer than reading it."""
+    loaded = _imported_by(
+        "from pathlib import Path\n"
+        "from sppo_ray.config_io import load_config\n"
+        "from sppo_ray.plan import make_plan, refuse_unfit, render_plan\n"
+        "plan = make_plan(load_config(Path('configs/mistral_7b.yaml')))\n"
+        "refuse_unfit(plan)\n"
+        "render_plan(plan)\n"
+        "import sppo_ray.cli"
+    )
+    assert "sppo_ray" in loaded
+    assert not loaded & {"torch", "transformers", "ray", "vllm", "deepspeed", "datasets"}
 
 
 def test_the_pure_package_imports_no_ray_vllm_or_deepspeed() -> None:
@@ -79,3 +90,41 @@ def test_runtime_env_gives_a_stopped_job_time_and_leaves_runs_behind() -> None:
     environment = yaml.safe_load((ROOT / "configs" / "ray" / "runtime_env.yaml").read_text())
     assert int(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 30
     assert "/runs/" in environment["excludes"]
+
+
+ON_FOUR = {
+    "mistral_7b_async": (2, 2, 8),
+    "llama3_8b_async": (2, 2, 8),
+    "gemma2_9b_async": (1, 3, 2),
+}
+
+
+@pytest.mark.parametrize("name", ON_FOUR)
+def test_async_config_fits_four_gpus_as_its_comment_says(name: str) -> None:
+    rollouts, learners, micro = ON_FOUR[name]
+    workers = [
+        f"rollout.num_workers={rollouts}",
+        f"learner.num_workers={learners}",
+        f"learner.micro_batch_size={micro}",
+    ]
+    path = ROOT / "configs" / f"{name}.yaml"
+    assert all(value in path.read_text() for value in workers[:2])
+    plan = make_plan(load_config(path, ["cluster.gpus=4", "rollout.gpu_memory_utilization=0.7", *workers]))
+    refuse_unfit(plan)
+    assert plan.layout.judges_share == (rollouts + learners == 4)
+
+
+@pytest.mark.parametrize("name", ["tiny_cpu_async", "mistral_7b_async"])
+def test_async_config_trains_what_the_sync_one_does(name: str) -> None:
+    """Only where and when things run differs; what is computed is the same, but for the reference and the prompts' length."""
+    ours = flatten(load_config(ROOT / f"configs/{name}.yaml").model_dump(mode="json"))
+    sync = flatten(load_config(ROOT / f"configs/{name.removesuffix('_async')}.yaml").model_dump(mode="json"))
+    differs = {key for key in ours if ours[key] != sync[key] and key.split(".")[0] not in ("run", "cluster", "weights")}
+    where = {"rollout.num_workers", "judge.num_workers", "learner.num_workers", "rollout.gpu_memory_utilization"}
+    assert differs <= where | {
+        "schedule.mode",
+        "schedule.max_staleness",
+        "objective.reference",
+        "rollout.in_flight",
+        "rollout.max_model_len",
+    }

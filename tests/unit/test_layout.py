@@ -98,8 +98,9 @@ def test_auto_follows_the_schedule() -> None:
             ["learner.zero_stage=2", "set learner.zero_stage=3"],
         ),
         (gpu_config(12), ["cluster.gpus=12", "cluster.gpus_per_node=8", "cluster.gpus=8"]),
-        (gpu_config(2, (1, 1, 1), layout="disaggregated"), ["cluster.gpus=2", "cluster.layout=colocated"]),
-        (gpu_config(8, (4, 4, 1), layout="disaggregated"), ["9 GPUs", "cluster.gpus=8", "rollout.num_workers=4"]),
+        (gpu_config(2, (2, 1, 1), layout="disaggregated"), ["rollout.num_workers=2 leaves 0", "learner.num_workers=1"]),
+        (gpu_config(4, (1, 3, 2), layout="disaggregated"), ["judge.num_workers=2", "set judge.num_workers=1"]),
+        (gpu_config(1, (1, 1, 1), layout="disaggregated"), ["cluster.gpus=1", "cluster.layout=colocated"]),
     ],
 )
 def test_refusals_name_key_value_and_remedy(config: Config, named: list[str]) -> None:
@@ -144,3 +145,13 @@ def test_check_placement_wants_whole_gpus_when_disaggregated() -> None:
 
 def test_check_placement_has_nothing_to_say_on_cpu() -> None:
     check_placement(compute_layout(gpu_config(0, (1, 2, 1))), [Assignment("rollout", "rollout-0", "a", ())])
+
+
+def test_judges_sit_beside_rollouts_where_there_are_too_few_gpus() -> None:
+    layout = compute_layout(gpu_config(2, (1, 1, 1), layout="disaggregated"))
+    assert (layout.rollout.gpus, layout.learner.gpus, layout.judge.gpus) == (0.9, 1.0, 0.1)
+    assert layout.seats() == ((("rollout", 0), ("judge", 0)), (("learner", 0),))
+    check_placement(layout, [at("rollout", "0"), at("learner", "1"), at("judge", "0")])
+    with pytest.raises(PlacementError, match="a judge may sit beside a rollout"):
+        check_placement(layout, [at("rollout", "0"), at("learner", "0"), at("judge", "1")])
+    assert not compute_layout(gpu_config(8, (3, 4, 1), layout="disaggregated")).judges_share

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sppo_ray.losses import LOSSES, sppo, sppo_single, winner_and_loser
+from sppo_ray.losses import LOSSES, lag_weight, sppo, sppo_single, winner_and_loser
 
 
 def close(actual: torch.Tensor, *expected: float) -> None:
@@ -62,7 +62,7 @@ def test_gradient_pushes_towards_the_target() -> None:
 def test_every_loss_gives_one_value_per_example_and_the_same_metrics() -> None:
     names = set()
     for loss_of in LOSSES.values():
-        loss, metrics = loss_of(torch.zeros(3, 2), torch.full((3, 2), 0.5), torch.full((3,), 0.5), 1.0)
+        loss, metrics = loss_of(torch.zeros(3, 2), torch.full((3, 2), 0.5), torch.full((3,), 0.5), 1.0, None)
         assert loss.shape == (3,)
         assert all(values.shape == (3,) for values in metrics.values())
         names.add(frozenset(metrics))
@@ -77,3 +77,31 @@ def test_single_refuses_more_than_a_pair() -> None:
 def test_a_pair_is_winner_first_whatever_p_hat_says() -> None:
     assert winner_and_loser((0.4, 0.6)) == (0, 1)
     assert winner_and_loser((0.4, 0.6, 0.1)) == (1, 2)
+
+
+def test_a_clipped_target_by_hand() -> None:
+    # eta = 10: targets 3 and -2 are clipped to 2.5 and -2; delta (1, -1): 1/2 [1.5^2 + 1] = 1.625
+    delta, p_hat, p_pair = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.8, 0.3]]), torch.tensor([0.9])
+    loss, metrics = sppo(delta, p_hat, p_pair, 10.0, target_clip=2.5)
+    close(loss, 1.625)
+    close(metrics["target_w"], 2.5)
+    close(metrics["target_l"], -2.0)
+    # sppo_single: the push of 4 is clipped to 2.5: 1/2 [(1 - 2.5)^2 + (-1 + 2.5)^2] = 2.25
+    loss, metrics = sppo_single(delta, p_hat, p_pair, 10.0, target_clip=2.5)
+    close(loss, 2.25)
+    close(metrics["target_l"], -2.5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_clip_that_is_never_reached_changes_no_bit(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    delta, p_hat = 20 * torch.rand(50, 2, generator=generator), torch.rand(50, 2, generator=generator)
+    arguments = delta, p_hat, p_hat[:, 0], 1000.0
+    (free, _), (clipped, _) = LOSSES[name](*arguments, None), LOSSES[name](*arguments, 500.0)
+    assert torch.equal(free, clipped)
+
+
+def test_lag_weight() -> None:
+    staleness = torch.tensor([0, 1, 3])
+    close(lag_weight(staleness, 0.5), 1.0, 0.5, 0.125)
+    assert torch.equal(lag_weight(staleness, 1.0), torch.ones(3))  # exactly: the default must change no bit

@@ -97,8 +97,9 @@ def test_guarded_and_ordinary_encoding_agree(name: str, text: str) -> None:
     """On text without special strings the guarded way, which is exact at the joints, gives the ordinary ids."""
     encoder = encoder_of(TOKENIZERS[name])
     rendered = encoder.render(text)
-    if not encoder.is_forged(text):
-        assert encoder._encode_guarded(rendered) == encoder._tokenise([rendered])[0]
+    ordinary = encoder._tokenise([rendered])[0]
+    if not encoder._is_forged(ordinary):
+        assert encoder._encode_guarded(rendered) == ordinary
 
 
 def test_the_guard_covers_added_tokens_that_only_the_template_makes_structural() -> None:
@@ -112,8 +113,9 @@ def test_the_guard_covers_added_tokens_that_only_the_template_makes_structural()
 
 
 def test_newline_tokens_of_gemma_are_not_structure() -> None:
-    encoder = encoder_of(gemma2())
-    assert not encoder.is_forged("one\ntwo\n\nthree")
+    """Else lines would be taken for forged turns, and told apart from the newlines that the model knows."""
+    tokenizer, text = gemma2(), "one\ntwo\n\nthree"
+    assert encoder_of(tokenizer).encode(text)[1].tolist() == ordinary_ids(tokenizer, text)
 
 
 def test_many_prompts_are_encoded_as_one_by_one() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.policy_folder import read_policy, write_policy
 from sppo_ray.weight_chunks import ALIGNMENT, Checksum, WeightChunk, pack, unpack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
@@ -84,6 +86,18 @@ def test_checksum_ignores_chunking_and_order() -> None:
     assert len({checksum(named, 1), checksum(named, 200), checksum(named), checksum(backwards, 100)}) == 1
 
 
+def test_checksum_is_the_same_in_chunks_one_by_one_and_from_a_folder(tmp_path: Path) -> None:
+    named = weights()
+    (tmp_path / "config.json").write_text("{}")
+    write_policy(tmp_path / "folder", str(tmp_path), "float32", reversed(named.items()))
+    one_by_one = Checksum()
+    for name, tensor in named.items():
+        one_by_one.add(name, tensor)
+    read = dict(read_policy(tmp_path / "folder"))
+    assert list(read) != list(named)  # a folder has an order of its own
+    assert {checksum(named), checksum(read), checksum(read, 100)} == {one_by_one.hexdigest()}
+
+
 @pytest.mark.parametrize("change", ["name", "dtype", "shape", "bytes", "missing", "swapped"])
 def test_checksum_sees(change: str) -> None:
     named, before = weights(), checksum(weights())
@@ -110,6 +124,8 @@ def test_a_tensor_that_comes_twice_is_refused() -> None:
     total.update(chunk)
     with pytest.raises(ValueError, match="'w' comes twice"):
         total.update(chunk)
+    with pytest.raises(ValueError, match="'w' comes twice"):
+        total.add("w", torch.zeros(2))
 
 
 def test_a_short_array_is_refused() -> None:

@@ -1,0 +1,79 @@
+"""`protocols.Buffer` over the buffer actor, and the driver's way to its record."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray.actor import ActorHandle
+
+from actors.buffer import NAME
+from actors.workers import call
+from sppo_ray.protocols import Handle
+from sppo_ray.types import Publication, SliceSummary, Ticket, TrainedIteration
+
+
+class BufferClient:
+    """Each method is a call on the actor; `add` puts groups that are handed in at the same time into one."""
+
+    def __init__(self, actor: ActorHandle) -> None:
+        self.actor = actor
+        self._outbox: list[tuple[Any, asyncio.Future[None]]] = []
+        self._sending: set[asyncio.Task[None]] = set()
+
+    async def held(self, iteration: int) -> frozenset[str]:
+        return await self._call("held", iteration)
+
+    async def add(self, judged: Handle) -> None:
+        acknowledged: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._outbox.append((judged.ref, acknowledged))
+        if len(self._outbox) == 1:
+            asyncio.get_running_loop().call_soon(self._send)
+        await acknowledged
+
+    async def seal(self, iteration: int, prompt_ids: Sequence[str]) -> SliceSummary:
+        return await self._call("seal", iteration, prompt_ids)
+
+    async def admit(self, room: int) -> Sequence[Ticket]:
+        return await self._call("admit", room)
+
+    async def resample(self, ticket: Ticket) -> None:
+        await self._call("resample", ticket)
+
+    async def collected(self, iteration: int) -> None:
+        await self._call("collected", iteration)
+
+    async def publication(self, after: int) -> Publication:
+        return await self._call("publication", after)
+
+    async def serving(self, publication: Publication, figures: Mapping[str, Any]) -> None:
+        await self._call("serving", publication, figures)
+
+    async def last_trained(self) -> TrainedIteration | None:
+        return await self._call("last_trained")
+
+    async def record(self, line: Mapping[str, Any]) -> bool:
+        return await self._call("record", line)
+
+    async def last_step(self) -> Mapping[str, Any]:
+        return await self._call("last_step")
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        return await call(self.actor, NAME, method, *args)
+
+    def _send(self) -> None:
+        batch, self._outbox = self._outbox, []
+        self._sending.add(sending := asyncio.create_task(self._call("add_all", [ref for ref, _ in batch])))
+        sending.add_done_callback(lambda done: self._sent(done, [acknowledged for _, acknowledged in batch]))
+
+    def _sent(self, sending: asyncio.Task[None], acknowledged: Sequence[asyncio.Future[None]]) -> None:
+        self._sending.discard(sending)
+        error = None if sending.cancelled() else sending.exception()
+        for waiting in acknowledged:
+            if waiting.done():  # its caller was cancelled
+                continue
+            if error is not None:
+                waiting.set_exception(error)
+            else:
+                waiting.set_result(None)

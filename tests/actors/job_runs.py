@@ -1,0 +1,137 @@
+"""How the job tests run `sppo`, and a Ray head to which they submit it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+SMALL = (
+    "data.limit=48", "schedule.iterations=2", "learner.batch_size=8", "learner.epochs=1",
+    "evaluation.limit=6", "rollout.in_flight=8",
+)  # fmt: skip
+PROMPTS = 24  # an iteration
+
+# With one group in flight, and each on disk before the next begins, an iteration's prompts take seconds to sample: time
+# enough to stop a run in the middle. Both keys may change when it goes on.
+SLOW = ("rollout.in_flight=1", "buffer.flush_s=0.25")
+
+
+def sppo(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "sppo_ray", *arguments],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_heed_ctrl_c,
+    )  # fmt: skip
+
+
+def _heed_ctrl_c() -> None:
+    """A shell starts `pytest &` with SIGINT ignored, and children inherit that: Ctrl-C would go unheard."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def train(run_dir: Path) -> tuple[str, ...]:
+    """Arguments of the shipped default, made small."""
+    return ("train", "--config", "configs/tiny_cpu.yaml", f"run.dir={run_dir}", *SMALL)
+
+
+def manifest(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "manifest.json").read_text())
+
+
+def shards(run_dir: Path, iteration: int) -> int:
+    """Shards of judged groups on disk, while the iteration is being sampled."""
+    return len(list((run_dir / f"iter_{iteration}/ledger").glob("shard-*.parquet")))
+
+
+def wait_for(condition: Callable[[], object], timeout: float = 300) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.1)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A Ray head as the README starts one."""
+
+    address: str
+    env: dict[str, str]  # with the token
+
+    def job(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`ray job <command>`"""
+        return subprocess.run(
+            [str(BIN / "ray"), "job", command, "--address", self.address, *arguments],
+            env=self.env, cwd="/", capture_output=True, text=True, timeout=400, check=False,
+        )  # fmt: skip
+
+    def submit(self, run_dir: Path, *overrides: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        runtime_env = str(ROOT / "configs/ray/runtime_env.yaml")
+        entry_point = ("python", "scripts/train.py", *train(run_dir)[1:], *overrides)
+        return self.job(
+            "submit", "--working-dir", str(ROOT), "--runtime-env", runtime_env, *options, "--", *entry_point
+        )
+
+    def actors(self) -> list[dict[str, Any]]:
+        """What the dashboard lists, dead actors included."""
+        token = Path(self.env["RAY_AUTH_TOKEN_PATH"]).read_text()
+        request = urllib.request.Request(
+            f"{self.address}/api/v0/actors?detail=1", headers={"Authorization": f"Bearer {token}"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)["data"]["result"]["result"]
+
+    def alive(self) -> set[str]:
+        """Names of the actors that live."""
+        return {actor["name"] for actor in self.actors() if actor["state"] == "ALIVE"}
+
+
+@contextmanager
+def ray_head(folder: Path) -> Iterator[Head]:
+    """A head on free ports with a token of its own; its sockets and logs are in `folder`."""
+    port, dashboard = free_port(), free_port()
+    token = folder / "token"
+    token.write_text("a-token-for-this-test-of-thirty-two-characters")
+    token.chmod(0o600)
+    env = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_TOKEN"}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    env["PATH"] = f"{BIN}{os.pathsep}{env['PATH']}"  # as in an activated environment
+    command = [
+        str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
+        "--dashboard-host=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true",
+        f"--temp-dir={folder}",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: answers(dashboard), timeout=60)
+        yield Head(f"http://127.0.0.1:{dashboard}", env)
+    finally:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        process.terminate()
+        for left in psutil.wait_procs(family, timeout=10)[1]:
+            left.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
