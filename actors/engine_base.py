@@ -18,7 +18,7 @@ import numpy as np
 from vllm import RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from actors.pause import Gate, Pause
+from actors.pause import Gate, Pause, Room
 from sppo_ray.errors import SppoError, WeightSyncError
 from sppo_ray.types import Sampling
 from sppo_ray.weight_chunks import WeightChunk
@@ -100,7 +100,8 @@ def requests(sampling: Sampling, stop_ids: Sequence[int] = ()) -> list[SamplingP
 class VllmEngine(ABC):
     """What both engines share: the gate, requests from seeds, scoring, the update protocol, sleep."""
 
-    def __init__(self, version: int, can_sleep: bool, stop_ids: Sequence[int] = (), pause: Pause = "finish") -> None:
+    def __init__(self, version: int, can_sleep: bool, stop_ids: Sequence[int], pause: Pause, places: int) -> None:
+        """stop_ids: tokens that end a turn, beside the model's EOS. places: sequences handed to vLLM at once."""
         self.version = version
         self.pause: Pause = pause
         self.refusal: str | None = None
@@ -109,13 +110,15 @@ class VllmEngine(ABC):
         self._can_sleep = can_sleep
         self._asleep: set[str] = set()  # vLLM's memory tags
         self._gate = Gate()
+        self._room = Room(places)
         self._ids = itertools.count()
 
     async def generate(self, token_ids: Sequence[int], sampling: Sampling, protected: bool = False) -> list[RawOutput]:
         params = requests(sampling, self._stop_ids)
         # Under `keep` there is nothing to be protected from: the group goes on.
         must_finish = protected and self.pause != "keep"
-        finished = await self._gate.run(self._all(list(token_ids), params), must_finish)
+        async with self._room.of(len(sampling.seeds)):
+            finished = await self._gate.run(self._all(list(token_ids), params), must_finish)
         return [_raw(output, self._first_version) for request in finished for output in request.outputs]
 
     async def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> np.ndarray:

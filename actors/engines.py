@@ -71,6 +71,12 @@ def engine_arguments(config: Config, model_path: str) -> dict[str, Any]:
     }
 
 
+def _places(arguments: dict[str, Any]) -> int:
+    """Sequences handed to vLLM at once: a group holds its places until its longest response is done, so as many again as
+    are decoded together keep it busy."""
+    return 2 * int(arguments.get("max_num_seqs", 256))
+
+
 class InProcessEngine(VllmEngine):
     """LLMEngine driven by one thread of this process. The thread's queue orders requests, steps and updates."""
 
@@ -82,7 +88,7 @@ class InProcessEngine(VllmEngine):
         stop_ids: Sequence[int] = (),
         pause: Pause = "finish",
     ) -> None:
-        super().__init__(version, can_sleep, stop_ids, pause)
+        super().__init__(version, can_sleep, stop_ids, pause, _places(arguments))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._llm: LLMEngine = self._thread.submit(
             lambda: LLMEngine.from_engine_args(EngineArgs(**arguments), enable_multiprocessing=False)
@@ -169,7 +175,7 @@ class AsyncEngine(VllmEngine):
         stop_ids: Sequence[int] = (),
         pause: Pause = "finish",
     ) -> None:
-        super().__init__(version, can_sleep, stop_ids, pause)
+        super().__init__(version, can_sleep, stop_ids, pause, _places(arguments))
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
     async def _request(self, prompt: list[int], params: SamplingParams, request_id: str) -> RequestOutput:

@@ -145,7 +145,7 @@ def commit_and_broadcast(config: Config, hub: Any, version: int, checksum: str, 
         sent.result()
     finally:
         sender.shutdown(wait=False)
-    ray.get(hub.end_broadcast.remote())
+        ray.get(hub.end_broadcast.remote())  # failed too: what comes now pulls
 
 
 def _workers_up() -> dict[str, Any]:

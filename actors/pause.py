@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -78,3 +79,42 @@ class Gate:
         for one in self._inside:
             if not one.must_finish and one.task.cancel():
                 one.ended_by = error
+
+
+class Room:
+    """Places for sequences, first come first served. Who waits for one is not inside the gate: an update does not wait for
+    it, and it is sampled from the newer weights."""
+
+    def __init__(self, places: int) -> None:
+        self._places = self._free = places
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @contextlib.asynccontextmanager
+    async def of(self, sequences: int) -> AsyncIterator[None]:
+        wanted = min(sequences, self._places)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((wanted, turn))
+        self._let_in()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # let in at the very moment
+                self._leave(wanted)
+            else:
+                self._waiting.remove((wanted, turn))
+                self._let_in()
+            raise
+        try:
+            yield
+        finally:
+            self._leave(wanted)
+
+    def _leave(self, places: int) -> None:
+        self._free += places
+        self._let_in()
+
+    def _let_in(self) -> None:
+        while self._waiting and self._waiting[0][0] <= self._free:
+            wanted, turn = self._waiting.popleft()
+            self._free -= wanted
+            turn.set_result(None)

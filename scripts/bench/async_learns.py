@@ -40,7 +40,9 @@ def main() -> None:
     options = parser.parse_args()
     variants = {"sync": ("tiny_cpu.yaml", [])}
     for bound in options.staleness:
-        variants[f"async, staleness {bound}"] = ("tiny_cpu_async.yaml", [f"schedule.max_staleness={bound}"])
+        # As many groups in flight as the bound lets out: with fewer the learner waits for groups and they are hardly stale.
+        values = [f"schedule.max_staleness={bound}", f"rollout.in_flight={256 * bound}"]
+        variants[f"async, staleness {bound}"] = ("tiny_cpu_async.yaml", values)
     folders = {}
     for seed in options.seeds:
         for name, (config, values) in variants.items():

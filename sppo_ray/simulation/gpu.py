@@ -135,7 +135,7 @@ class Engine(Process):
         self._fill()
 
     def _step_s(self) -> float:
-        return self.card.step_s + self.card.sequence_s * len(self._running)
+        return self.card.decode_s(len(self._running))
 
     def _fill(self) -> None:
         while self._waiting and len(self._running) < self.max_running:

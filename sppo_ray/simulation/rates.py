@@ -17,15 +17,14 @@ class RateCard:
     gpu_flops: float = 312e12  # A100 data sheet, dense bf16
     gpu_bandwidth: float = 2.04e12  # bytes/s, A100-80GB SXM data sheet
 
-    # Rollout: a decoding step with n running sequences takes step_s + sequence_s x n.
-    # Batch 1 reaches ~77 % of the memory roofline with vLLM on an A100 (75 tokens/s for 8 B on the 40 GB card with its
-    # 1.56 TB/s): 14.5 GB / (0.77 x 2.04 TB/s) = 9.2 ms; + 2 ms a step for scheduling and sampling with log-probabilities.
-    roofline: float = 0.77
-    scheduling_s: float = 0.002
-    # Each further sequence: 2 N FLOPs at 60 % (0.077 ms), less what hides behind reading the weights, and its KV cache,
-    # ~600 tokens x 128 KiB at 77 % of the bandwidth (0.05 ms); taken together as 0.08 ms, that is 32 ms a step at 256
-    # sequences, 8,000 tokens/s: within what vLLM's users report for 7-8 B at large batches on one A100.
-    sequence_s: float = 0.08e-3
+    # Rollout: a decoding step of n sequences reads the weights or multiplies by them, whichever takes longer, reads the n
+    # caches, and is scheduled and sampled. Batch 1: vLLM on an A100 reaches 77 % of the bandwidth (75 tokens/s for 8 B on
+    # the 40 GB card), so 9.2 + 2 ms here. Batch 256: 17 + 10 + 2 = 29 ms, 8,800 tokens/s.
+    roofline: float = 0.77  # of gpu_bandwidth
+    decode_utilisation: float = 0.7  # of gpu_flops; what cuBLAS reaches with matrices this tall
+    kv_bytes_per_token: float = 131_072  # 2 x 32 layers x 8 KV heads x 128 x 2 bytes
+    kv_tokens: float = 470  # cached by a running sequence on average: the prompt and half of the response
+    scheduling_s: float = 0.002  # a step's CPU time that is not hidden, sampling and log-probabilities
     prefill_utilisation: float = 0.5  # of gpu_flops; a prompt is prefilled once for its K responses (prefix caching)
 
     # Judge: PairRM is DeBERTa-v3-large: 0.304 B parameters outside the embedding, source + two candidates a pair. At 40
@@ -56,10 +55,12 @@ class RateCard:
     def weights_gb(self) -> float:
         return 2 * self.parameters / 1e9
 
-    @property
-    def step_s(self) -> float:
-        """Seconds of a decoding step that do not depend on the number of sequences."""
-        return 2 * self.parameters / (self.roofline * self.gpu_bandwidth) + self.scheduling_s
+    def decode_s(self, sequences: int) -> float:
+        """A decoding step: every running sequence gets a token."""
+        reading = 2 * self.parameters / (self.roofline * self.gpu_bandwidth)
+        multiplying = sequences * 2 * self.parameters / (self.decode_utilisation * self.gpu_flops)
+        caches = sequences * self.kv_tokens * self.kv_bytes_per_token / (self.roofline * self.gpu_bandwidth)
+        return max(reading, multiplying) + caches + self.scheduling_s
 
     def prefill_s(self, tokens: float) -> float:
         return 2 * self.parameters * tokens / (self.prefill_utilisation * self.gpu_flops)

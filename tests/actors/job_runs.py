@@ -43,9 +43,13 @@ def _heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def train(run_dir: Path) -> tuple[str, ...]:
-    """Arguments of the shipped default, made small."""
-    return ("train", "--config", "configs/tiny_cpu.yaml", f"run.dir={run_dir}", *SMALL)
+def train(run_dir: Path, config: str = "tiny_cpu") -> tuple[str, ...]:
+    """Arguments of a shipped default, made small."""
+    return ("train", "--config", f"configs/{config}.yaml", f"run.dir={run_dir}", *SMALL)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def manifest(run_dir: Path) -> dict[str, Any]:

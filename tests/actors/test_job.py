@@ -7,7 +7,6 @@ weights, to the last bit.
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import subprocess
@@ -24,18 +23,9 @@ from datasets import load_dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.actors.job_runs import PROMPTS, ROOT, SLOW, manifest, ray_head, shards, sppo, train, wait_for
+from tests.actors.job_runs import PROMPTS, ROOT, SLOW, manifest, metrics, ray_head, shards, sppo, train, wait_for
 
 pytestmark = pytest.mark.timeout(600)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple[Path, str]:
-    run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    process = sppo(*train(run_dir))
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
-    return run_dir, output
 
 
 def test_the_run_directory_is_complete(whole):
@@ -52,7 +42,7 @@ def test_the_run_directory_is_complete(whole):
 
 
 def test_metrics(whole):
-    lines = [json.loads(line) for line in (whole[0] / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(whole[0])
     steps = [line for line in lines if "step" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     assert {
@@ -119,7 +109,7 @@ def test_another_config_on_the_same_directory_is_refused(whole):
 
 
 def test_eval_of_the_saved_policy_gives_the_run_s_own_figures(whole):
-    lines = [json.loads(line) for line in (whole[0] / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(whole[0])
     process = sppo("eval", *train(whole[0])[1:], "--policy", str(whole[0] / "iter_2/policy"))
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
