@@ -19,8 +19,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-from actors.pool import failure
 from actors.process import assignment, environment, redirect_output
+from actors.workers import failure
 from sppo_ray.config import Config
 from sppo_ray.errors import LearnerError, SppoError, WorkerFailed
 from sppo_ray.layout import Assignment, Layout

@@ -18,7 +18,6 @@ from ray.actor import ActorHandle
 from actors.weights import NAME as HUB
 from actors.weights import Published
 from actors.workers import Worker, Workers, call
-from actors.workers import failure as failure
 from sppo_ray.config import Config
 from sppo_ray.errors import SppoError, WeightSyncError, WorkerFailed
 from sppo_ray.layout import Assignment

@@ -38,11 +38,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def _key(line: Mapping[str, Any]) -> tuple[str, Any]:
-    """Of an update, or an event: of a version of the weights, a moment, or an iteration."""
+def _key(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Of an update, or of an event: what it is about and, where it has one, its moment."""
     if "step" in line:
         return "step", line["step"]
-    return str(line["event"]), line.get("version", line.get("at", line["iteration"]))
+    return line["event"], *(line.get(name) for name in ("iteration", "version", "role", "at"))
 
 
 def _cut_unfinished_line(path: Path) -> None:

@@ -120,7 +120,10 @@ def _iteration(config: Config, number: int, prompts: int | None) -> IterationPla
 
 
 def render_plan(plan: Plan) -> RenderableType:
-    return Group(_models(plan), _placement(plan), _work(plan), _memory(plan), _verdict(plan))
+    parts: list[RenderableType] = [_models(plan), _placement(plan), _work(plan), _memory(plan), _verdict(plan)]
+    if plan.layout.kind == "disaggregated" and plan.config.schedule.mode == "async":
+        parts.append(_recommended(plan))
+    return Group(*parts)
 
 
 def _models(plan: Plan) -> Text:
@@ -196,6 +199,26 @@ def _verdict(plan: Plan) -> Text:
     elif memory.phases:
         lines.append(f"Fits {config.cluster.gpu_memory_gb:g} GB GPUs with a margin of {MARGIN:.0%}.")
     return Text("\n".join(lines))
+
+
+def _recommended(plan: Plan) -> Table:
+    """Splits of the config's GPUs by simulated speed, its own among them."""
+    from sppo_ray.simulation.layouts import recommend  # with it the schedules and the buffer, which only this needs
+    from sppo_ray.simulation.rates import RateCard
+
+    config, policy = plan.config, plan.policy
+    kv_bytes = kv_bytes_per_token(config, policy)
+    card = RateCard(parameters=policy.parameters, kv_bytes_per_token=kv_bytes)
+    own = (config.rollout.num_workers, config.learner.num_workers, config.judge.num_workers)
+    title = "Layouts by simulated speed, estimated at an A100's rates; the first is recommended"
+    table = Table(title=title, title_justify="left")
+    for name in ("rollout", "learner", "judge", "groups/s", "learner idle", "slowest role"):
+        table.add_column(name, justify="right")
+    for found in recommend(config, card, config.cluster.gpus, include=own):
+        of_config = " (this config)" if found.split == own else ""
+        cells = *map(str, found.split), f"{found.groups_per_s:.2f}", f"{found.learner_idle:.0%}"
+        table.add_row(*cells, found.rates.slowest + of_config)
+    return table
 
 
 def _number(value: int | None) -> str:

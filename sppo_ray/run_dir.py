@@ -102,6 +102,7 @@ def claim(config: Config, facts: dict[str, Any]) -> None:
     if previous := read_manifest(root):
         manifest |= {"started": previous["started"], "resumed": [*previous.get("resumed", []), _now()]}
     write_json(root / "manifest.json", manifest)
+    (root / "scale.json").unlink(missing_ok=True)  # a run that goes on begins with the workers its config says
 
 
 def update_manifest(root: Path, **facts: Any) -> None:

@@ -71,9 +71,11 @@ async def publishing(system: System, config: Config, watch: Watch, start: int, v
     """Ends when the last iteration's policy is served and evaluated."""
     while start < config.schedule.iterations:
         publication = await system.buffer.publication(after=version)
-        figures: dict[str, object] = {"workers": await system.rollout.load(publication.version)}
-        figures |= await mismatch(system, publication, config, watch)
-        await system.buffer.serving(publication, figures)
+        workers = await system.rollout.load(publication.version)
+        # The learner may have published again while the workers took turns: those that came later serve the newer one.
+        same = all(worker["version"] == publication.version for worker in workers.values())
+        figures = await mismatch(system, publication, config, watch) if same else {}
+        await system.buffer.serving(publication, {"workers": workers, **figures})
         version = publication.version
         if publication.ends_iteration:
             start = publication.iteration

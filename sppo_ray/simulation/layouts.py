@@ -16,7 +16,7 @@ from sppo_ray.simulation.run import simulate
 from sppo_ray.simulation.workload import RESPONSE_TOKENS, make_workload
 
 CANDIDATES = 3  # splits that are simulated, those with the best bounds
-UPDATES = 40  # of such a simulation
+UPDATES = 32  # of such a simulation
 SAMPLE = 8  # batches from which a learner's rate is taken
 
 Split = tuple[int, int, int]  # rollout workers, learner ranks, judges
@@ -34,6 +34,10 @@ class Rates:
     def bound(self) -> float:
         """Of the async schedule, where all work at once."""
         return min(self.rollout, self.judge, self.learner)
+
+    @property
+    def slowest(self) -> str:
+        return min(("rollout", self.rollout), ("judge", self.judge), ("learner", self.learner), key=lambda r: r[1])[0]
 
     @property
     def in_turns(self) -> float:
@@ -114,12 +118,19 @@ def shortlist(
 
 
 def recommend(
-    config: Config, card: RateCard, gpus: int, quantiles: Sequence[float] = RESPONSE_TOKENS
+    config: Config,
+    card: RateCard,
+    gpus: int,
+    quantiles: Sequence[float] = RESPONSE_TOKENS,
+    include: Split | None = None,
 ) -> list[Recommended]:
-    """The shortlisted splits of so many GPUs, simulated over some updates, the fastest first."""
+    """The shortlisted splits of so many GPUs (and `include`), simulated over some updates, the fastest first."""
     prompts = [UPDATES * config.learner.batch_size]
+    candidates = dict(shortlist(config, card, gpus, quantiles))
+    if include is not None and include not in candidates:
+        candidates[include] = role_rates(with_split(config, include), card, quantiles)
     found = []
-    for workers, rates in shortlist(config, card, gpus, quantiles):
+    for workers, rates in candidates.items():
         outcome = simulate(with_split(config, workers), prompts, card, quantiles)
         fill_s = outcome.fill_s if config.schedule.mode == "async" else 0.0
         idle = (outcome.learner["idle"] * outcome.seconds - fill_s) / (outcome.seconds - fill_s)

@@ -71,7 +71,7 @@ class Fakes:
         await self.sleep_a_little()
         assert version <= self.hub
         self.version = version
-        return {"rollout-0": {"checksum": repr(self.weights)}}
+        return {"rollout-0": {"version": version, "checksum": repr(self.weights)}}
 
     async def sleep(self):
         pass

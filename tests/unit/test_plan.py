@@ -116,3 +116,16 @@ def test_on_cpu_the_table_shows_cores_and_host_memory() -> None:
     text = shown(make_plan(gpu_config(0, (1, 2, 1)), prompts=10))
     assert "cores asked of Ray" in text
     assert "host, each node" in text
+
+
+def test_an_async_plan_recommends_a_layout_and_shows_its_own_beside_it() -> None:
+    sections = FITTING | {"schedule": {"mode": "async"}, "learner": {"micro_batch_size": 2, "batch_size": 16}}
+    # Six rollout workers for one learner rank: whatever the rates, the learner is what all wait for.
+    text = shown(make_plan(gpu_config(8, (6, 1, 1), sections), prompts=100))
+    rows = [line for line in text.splitlines() if line.count("\u2502") == 7 and "%" in line]
+    assert "this config" in rows[-1]
+    assert "learner" in rows[-1]
+    assert len(rows) == 4
+    speeds = [float(row.split("\u2502")[4]) for row in rows]
+    assert speeds == sorted(speeds, reverse=True)
+    assert "recommended" not in shown(make_plan(gpu_config(8, sections=FITTING)))
