@@ -61,6 +61,9 @@ def _join(address: str, namespace: str) -> ray.runtime_context.RuntimeContext:
 def _start(layout: Layout, namespace: str) -> ray.runtime_context.RuntimeContext:
     _ensure_token()
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # Ray's announced default; unset, every worker warns of it
+    # Objects that nobody holds any more are freed at once: by default Ray gathers them for a second, and the chunks of a
+    # publish, each as large as a layer, would pile up meanwhile.
+    os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")
     roles = (layout.rollout, layout.judge, layout.learner)
     cpus = max(os.cpu_count() or 1, math.ceil(sum(role.workers * role.cpus for role in roles)) + 1)
     return ray.init(

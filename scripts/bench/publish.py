@@ -7,9 +7,9 @@ process, on the CPU) that samples without pause. Memory is what the processes ha
 plus what the object store has touched of /dev/shm. Pages of mapped files are the kernel's cache, which it gives back when
 asked, and are left out.
 
-"kept MiB" is what the processes keep of the first publish (libraries, threads, buffers: the same few MiB for a small model
-and a large one). The other columns are the growth in later publishes: of the processes over their state after the first,
-of the store over its state before anything was published.
+"kept MiB" is what the processes keep of the first publish (libraries, threads, buffers; it grows with the model and is not
+explained yet). The other columns are the growth in later publishes: of the processes over their state after the first, of
+the store over its state before anything was published; "copies" is their sum over one copy of the weights, without "kept".
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from sppo_ray.simulation.run import Outcome, simulate
 from sppo_ray.simulation.workload import RESPONSE_TOKENS
 
 STALENESS = (0, 1, 2, 4, 8)
+SLICES_AT_SCALE = (20_000, 20_000)  # two iterations as the presets have them
 
 
 def configured(mode: str, gpus: int, options: argparse.Namespace, staleness: int = 2, **learner: Any) -> Config:
@@ -67,27 +68,28 @@ def on_8_gpus(options: argparse.Namespace, quantiles: Sequence[float]) -> Table:
 
 
 def with_workers(rollouts: int, options: argparse.Namespace, quantiles: Sequence[float]) -> Table:
-    """As many 8-GPU nodes as hold so many rollout workers in the best split of one; the batch grows with the learner."""
+    """As many 8-GPU nodes as hold so many rollout workers in the best split of one. The batch grows with the learner, the
+    slices do not."""
     split = best_split(configured("async", 8, options), quantiles)
-    nodes = rollouts // split[0]
+    nodes = max(1, rollouts // split[0])
+    at_scale = argparse.Namespace(**vars(options) | {"publish_every": options.publish_every_at_scale})
     batch = {"batch_size": 64 * nodes}
 
     def scaled(mode: str, of_one: Split, staleness: int = 0) -> Config:
         r, l, j = of_one  # noqa: E741
-        return with_split(configured(mode, 8 * nodes, options, staleness, **batch), (r * nodes, l * nodes, j * nodes))
+        return with_split(configured(mode, 8 * nodes, at_scale, staleness, **batch), (r * nodes, l * nodes, j * nodes))
 
     in_turns = best_split(configured("sync-disaggregated", 8, options), quantiles)
     modes = {
         "sync-colocated": configured("sync-colocated", 8 * nodes, options, **batch),
         "sync-disaggregated": scaled("sync-disaggregated", in_turns),
     }
-    for bound in (0, 1, 2):
+    for bound in (2, 4):
         modes[f"async, staleness {bound}"] = scaled("async", split, bound)
-    prompts = 64 * nodes * options.updates_at_scale
-    found = {name: simulate(config, [prompts], quantiles=quantiles) for name, config in modes.items()}
-    return compared(
-        f"{rollouts} rollout workers on {8 * nodes} GPUs, batch {64 * nodes:,}, {prompts:,} prompts", modes, found
-    )
+    found = {name: simulate(config, SLICES_AT_SCALE, quantiles=quantiles) for name, config in modes.items()}
+    slices = " + ".join(f"{prompts:,}" for prompts in SLICES_AT_SCALE)
+    title = f"{split[0] * nodes} rollout workers, {8 * nodes} GPUs, batch {64 * nodes:,}, slices of {slices} prompts, "
+    return compared(f"{title}publish_every {at_scale.publish_every}", modes, found)
 
 
 def compared(title: str, modes: dict[str, Config], found: dict[str, Outcome]) -> Table:
@@ -120,7 +122,7 @@ def compared(title: str, modes: dict[str, Config], found: dict[str, Outcome]) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=20_000, help="prompts of the iteration simulated on 8 GPUs")
+    parser.add_argument("--prompts", type=int, default=8_000, help="prompts of the iteration simulated on 8 GPUs")
     parser.add_argument("--publish-every", type=int, default=16, help="updates between publishes")
     parser.add_argument("--pause", choices=("finish", "keep", "abort"), default="finish")
     parser.add_argument("--at-once", type=float, default=0.34)
@@ -128,7 +130,7 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--workers", type=int, nargs="*", default=[64, 256], help="rollout workers of larger clusters")
-    parser.add_argument("--updates-at-scale", type=int, default=40, help="updates simulated there")
+    parser.add_argument("--publish-every-at-scale", type=int, default=2, help="updates, of which a slice has few there")
     parser.add_argument(
         "--lengths", type=Path, help="response lengths in tokens, one a line, instead of the built-in ones"
     )
