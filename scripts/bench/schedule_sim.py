@@ -25,6 +25,7 @@ from sppo_ray.simulation.run import Outcome, simulate
 from sppo_ray.simulation.workload import RESPONSE_TOKENS
 
 STALENESS = (0, 1, 2, 4, 8)
+RECORDED = "  reference: behavior"  # sync-colocated, with the one saving that async takes for itself
 SLICES_AT_SCALE = (20_000, 20_000)  # two iterations as the presets have them
 
 
@@ -49,6 +50,11 @@ def configured(mode: str, gpus: int, options: argparse.Namespace, staleness: int
     )
 
 
+def with_recorded_reference(config: Config) -> Config:
+    """Without the reference pass, as async is by default."""
+    return config.model_copy(update={"objective": config.objective.model_copy(update={"reference": "behavior"})})
+
+
 def best_split(config: Config, quantiles: Sequence[float]) -> Split:
     return recommend(config, RateCard(), 8, quantiles)[0].split
 
@@ -57,6 +63,7 @@ def on_8_gpus(options: argparse.Namespace, quantiles: Sequence[float]) -> Table:
     apart = configured("sync-disaggregated", 8, options)
     modes = {
         "sync-colocated": configured("sync-colocated", 8, options),
+        RECORDED: with_recorded_reference(configured("sync-colocated", 8, options)),
         "sync-disaggregated": with_split(apart, best_split(apart, quantiles)),
     }
     split = best_split(configured("async", 8, options), quantiles)
@@ -82,6 +89,7 @@ def with_workers(rollouts: int, options: argparse.Namespace, quantiles: Sequence
     in_turns = best_split(configured("sync-disaggregated", 8, options), quantiles)
     modes = {
         "sync-colocated": configured("sync-colocated", 8 * nodes, options, **batch),
+        RECORDED: with_recorded_reference(configured("sync-colocated", 8 * nodes, options, **batch)),
         "sync-disaggregated": scaled("sync-disaggregated", in_turns),
     }
     for bound in (2, 4):
@@ -107,7 +115,7 @@ def compared(title: str, modes: dict[str, Config], found: dict[str, Outcome]) ->
         roles = (config.rollout.num_workers, config.learner.num_workers, config.judge.num_workers)
         table.add_row(
             name,
-            "all in turns" if name == "sync-colocated" else "+".join(map(str, roles)),
+            "all in turns" if config.cluster.layout == "colocated" else "+".join(map(str, roles)),
             f"{outcome.seconds / 3600:.2f}",
             f"{outcome.groups_per_s:.2f}",
             f"{apart.seconds / outcome.seconds:.2f}",

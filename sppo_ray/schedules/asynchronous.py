@@ -89,7 +89,7 @@ async def mismatch(system: System, publication: Publication, config: Config, wat
     pairs = zip(probe.prompt_ids, probe.response_ids, strict=True)
     served = await asyncio.gather(*(system.rollout.score(prompt, response) for prompt, response in pairs))
     found = compare(probe, served)
-    alarm = found["mean_abs_per_token"] > config.objective.mismatch_alarm
+    alarm = not found["mean_abs_per_token"] <= config.objective.mismatch_alarm  # NaN alarms too
     if alarm:
         watch.alarm(
             f"version {publication.version}: the rollout workers' log-probabilities differ from the learner's by "

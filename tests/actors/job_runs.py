@@ -106,7 +106,7 @@ class Head:
 @contextmanager
 def ray_head(folder: Path) -> Iterator[Head]:
     """A head on free ports with a token of its own; its sockets and logs are in `folder`."""
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     token = folder / "token"
     token.write_text("a-token-for-this-test-of-thirty-two-characters")
     token.chmod(0o600)
@@ -116,6 +116,7 @@ def ray_head(folder: Path) -> Iterator[Head]:
     command = [
         str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
         "--dashboard-host=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true",
+        f"--dashboard-agent-listen-port={agent}",  # it takes the jobs; at its default port it may be another Ray's
         f"--temp-dir={folder}",
     ]  # fmt: skip
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
