@@ -47,6 +47,9 @@ class BufferClient:
     async def publication(self, after: int) -> Publication:
         return await self._call("publication", after)
 
+    async def evaluated(self, iteration: int) -> None:
+        await self._call("evaluated", iteration)
+
     async def serving(self, publication: Publication, figures: Mapping[str, Any]) -> None:
         await self._call("serving", publication, figures)
 

@@ -105,7 +105,7 @@ class Fleet:
         workers = len(self._pools[role].names)
         logger.info("%s: %d %s workers", what, workers, role)
         self._say(f"{what}: {workers} {role} worker{'s' * (workers > 1)}")
-        at = datetime.now(UTC).isoformat(timespec="seconds")
+        at = datetime.now(UTC).isoformat(timespec="microseconds")
         await self._record({"event": "scale", "role": role, "workers": workers, "iteration": 0, "at": at})
 
     def _report(self, text: str) -> None:

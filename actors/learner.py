@@ -28,6 +28,7 @@ from sppo_ray.types import (
     Publication,
     PublishTask,
     ReferenceTask,
+    ResumePoint,
     SaveTask,
     StopTask,
     TrainedIteration,
@@ -65,7 +66,7 @@ def _loop(config: Config, buffer: Any, hub: Any, takes_turns: bool) -> None:
     start = ranks.broadcast(ray.get(buffer.resume_point.remote()) if ranks.first else None)
     source = local_folder(start.policy_dir)
     engine = TrainingEngine(config, source, ranks, takes_turns)
-    step = _resume_within_iteration(engine, start.step)
+    step = _resume_within_iteration(engine, start)
     outlet = _Outlet(config, buffer, hub, ranks, engine, source)
     engine.offload()
     placed = ranks.gather(assignment("learner", f"{NAME}-{ranks.rank}"))
@@ -86,7 +87,11 @@ def _loop(config: Config, buffer: Any, hub: Any, takes_turns: bool) -> None:
                 step += 1
                 if ranks.first:
                     ray.get(buffer.record_step.remote(metrics))
-                if config.learner.checkpoint_every and step % config.learner.checkpoint_every == 0:
+                # Counted like publishes, from the iteration's beginning: a checkpoint is of weights that were published.
+                if (
+                    config.learner.checkpoint_every
+                    and (task.step_in_iteration + 1) % config.learner.checkpoint_every == 0
+                ):
                     _report(engine, step, within_iteration=True)
             case PublishTask():
                 engine.reload()
@@ -147,16 +152,17 @@ class _Outlet:
             ray.get(self.buffer.saved.remote(trained, publication))
 
 
-def _resume_within_iteration(engine: Any, step: int) -> int:
-    """The step to go on from: that of Ray Train's newest checkpoint if beyond `step`, the last iteration's end."""
+def _resume_within_iteration(engine: Any, start: ResumePoint) -> int:
+    """The step to go on from: that of Ray Train's newest checkpoint if beyond the last iteration's end, and usable."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return step
+        return start.step
     with checkpoint.as_directory() as folder:
         progress = json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8"))
         # DeepSpeed's state is of so many ranks at one stage; for others the iteration starts again from its beginning.
-        if progress["step"] <= step or progress["state_of"] != engine.state_kind:
-            return step
+        beyond = start.up_to is not None and progress["step"] > start.up_to
+        if progress["step"] <= start.step or beyond or progress["state_of"] != engine.state_kind:
+            return start.step
         engine.load_checkpoint(Path(folder))
     return int(progress["step"])
 

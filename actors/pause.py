@@ -101,7 +101,8 @@ class Room:
             if turn.done() and not turn.cancelled():  # let in at the very moment
                 self._leave(wanted)
             else:
-                self._waiting.remove((wanted, turn))
+                if (wanted, turn) in self._waiting:
+                    self._waiting.remove((wanted, turn))
                 self._let_in()
             raise
         try:
@@ -116,5 +117,6 @@ class Room:
     def _let_in(self) -> None:
         while self._waiting and self._waiting[0][0] <= self._free:
             wanted, turn = self._waiting.popleft()
-            self._free -= wanted
-            turn.set_result(None)
+            if not turn.done():  # else its caller was cancelled
+                self._free -= wanted
+                turn.set_result(None)

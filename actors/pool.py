@@ -126,6 +126,8 @@ class RolloutPool(Pool):
 
     async def _serve(self, worker: Worker, version: int) -> dict[str, Any]:
         """One worker's load of this version or a later one, with its figures."""
+        if worker.returning is not None:  # a restart has a time limit of its own
+            await asyncio.wait([worker.returning])
         began = time.perf_counter()
         worker.loading = True
         try:

@@ -22,6 +22,8 @@ from actors.ranks import Ranks
 from sppo_ray.config import Config
 from sppo_ray.weight_chunks import Checksum, pack
 
+KEPT = 4  # folders of the disk channel: a worker may still be reading one of those before the newest
+
 
 def publish(
     config: Config, hub: Any, ranks: Ranks, version: int, tensors: Iterator[tuple[str, Tensor]], source: str
@@ -99,10 +101,7 @@ def _new_folder(weights: Path, version: int) -> Path:
 
 
 def _commit_folder(config: Config, hub: Any, version: int, checksum: Checksum, folder: Path) -> str:
-    previous = ray.get(hub.current.remote())
     ray.get(hub.commit_folder.remote(version, checksum.hexdigest(), str(folder)))
-    kept = {str(folder), previous.folder if previous is not None else None}  # a worker may still read the previous one
-    for old in (Path(config.run.dir) / "weights").glob("*"):
-        if str(old) not in kept:
-            shutil.rmtree(old)
+    for old in sorted((Path(config.run.dir) / "weights").glob("*"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
+        shutil.rmtree(old)
     return checksum.hexdigest()

@@ -40,7 +40,7 @@ class Admission:
         self._running_of: defaultdict[int, Counter[int]] = defaultdict(Counter)
         self._ready_of: defaultdict[int, Counter[int]] = defaultdict(Counter)
         self._resamples: Counter[int] = Counter()
-        self.resampled = 0  # groups thrown away, over the run
+        self.resampled = 0  # groups thrown away since this process began
 
     def restore(self, ready: Mapping[int, int], in_batches: set[int]) -> None:
         """What a former process had accepted: tickets on disk (with their version) and those of them in batches."""
@@ -68,18 +68,19 @@ class Admission:
 
     @property
     def exhausted(self) -> bool:
-        """Every ticket of the run was accepted."""
+        """Every group of the run is in a batch: none can come back to be sampled again."""
         self._skip_held()
-        return self._next == self.plan.tickets and not self._running and not self._again
+        return self._next == self.plan.tickets and not (self._running or self._again or self._ready)
 
     def _admissible(self) -> int | None:
-        if self._again:
-            return heapq.heappop(self._again) if self._fresh_enough(self._again[0]) else None
         self._skip_held()
-        if self._next >= min(self.capacity, self.plan.tickets) or not self._fresh_enough(self._next):
+        number = self._again[0] if self._again else self._next
+        if number >= min(self.capacity, self.plan.tickets) or not self._fresh_enough(number):
             return None
+        if self._again:
+            return heapq.heappop(self._again)
         self._next += 1
-        return self._next - 1
+        return number
 
     def _fresh_enough(self, number: int) -> bool:
         """Whether a group sampled now would be within the bound in the first batch that could take it."""
@@ -90,6 +91,11 @@ class Admission:
         while self._next in self._held:
             self._held.discard(self._next)
             self._next += 1
+
+    @property
+    def most_resamples(self) -> int:
+        """Of any one ticket."""
+        return max(self._resamples.values(), default=0)
 
     # What comes back.
 
@@ -150,8 +156,7 @@ class Admission:
 
     def _send_back_too_old(self, heap: list[tuple[int, int]], version: int) -> None:
         while heap and heap[0][0] < version - self.max_staleness:
-            _, number = heapq.heappop(heap)
-            self._stop_ready(number)
+            number = heap[0][1]
             if self._resamples[number] >= self.max_resamples:
                 iteration, _, index = self.plan.ticket_place(number)
                 raise SppoError(
@@ -159,6 +164,8 @@ class Admission:
                     f"group became older than schedule.max_staleness={self.max_staleness}: raise schedule.max_staleness or "
                     "schedule.max_resamples."
                 )
+            heapq.heappop(heap)
+            self._stop_ready(number)
             self._sample_again(number)
 
     def _crowds_out(self, chosen: list[tuple[int, int]], place: Place) -> bool:

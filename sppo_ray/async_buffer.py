@@ -26,6 +26,7 @@ from sppo_ray.types import (
     LearnerTask,
     Publication,
     PublishTask,
+    ResumePoint,
     SaveTask,
     SliceSummary,
     StopTask,
@@ -53,7 +54,8 @@ class AsyncBuffer(TrainingBuffer):
         self._examples: dict[int, TrainingExample] = {}  # by ticket: ready, or in one of the last batches
         self._batches: dict[int, CutBatch] = {}  # by step, of the iteration in training
         self.publication: Publication | None = None  # the newest
-        self._published = self.plan.version_at(self.resume_point().step)
+        self._evaluated = -1  # the last iteration whose policy was evaluated while it was served
+        self._published = self.plan.version_at(super().resume_point().step)
         self.admission = self._restore()
 
     # Sampling.
@@ -67,6 +69,15 @@ class AsyncBuffer(TrainingBuffer):
     def serve(self, version: int) -> None:
         """Every rollout worker serves the published `version`."""
         self.admission.serve(version)
+
+    def evaluated(self, iteration: int) -> None:
+        """The iteration's policy need not be served any longer."""
+        self._evaluated = iteration
+
+    @property
+    def resamples(self) -> dict[str, int]:
+        """Groups thrown away since this process began, and the most of any one prompt."""
+        return {"resampled_groups": self.admission.resampled, "most_resamples": self.admission.most_resamples}
 
     # Collecting.
 
@@ -101,17 +112,28 @@ class AsyncBuffer(TrainingBuffer):
             return StopTask()
         if not self._ready_order:
             task = super().next_task(step)
-            return replace(task, probe=self._probe(self._open_examples)) if isinstance(task, SaveTask) else task
+            if not isinstance(task, SaveTask):
+                return task
+            return replace(task, probe=self._probe(self._open_examples)) if self._may_publish(iteration) else None
         if step == self.plan.end_step(iteration):
-            if self._open is None:
+            if self._open is None or not self._may_publish(iteration):
                 return None  # saved only when its tables are written
             return SaveTask(step, iteration, self.plan.last_version(iteration), self._probe(self._last_batch(step)))
         if (version := self.plan.version_at(step)) > self._published:
-            # The policy that ended an iteration is evaluated while it is served: nothing newer replaces it before it was.
-            served = self.admission.served >= self.plan.version_at(self.plan.first_step(iteration))
-            return PublishTask(step, iteration, version, self._probe(self._last_batch(step))) if served else None
+            if not self._may_publish(iteration):
+                return None
+            return PublishTask(step, iteration, version, self._probe(self._last_batch(step)))
         batch = self._batch(step)
         return None if batch is None else self._train_batch(batch)
+
+    def _may_publish(self, iteration: int) -> bool:
+        """The policy that ended the iteration before is evaluated while it is served: nothing newer may replace it, neither
+        at the workers nor in the hub, which a worker that restarts loads from."""
+        return self._evaluated >= iteration - 1
+
+    def resume_point(self) -> ResumePoint:
+        """A checkpoint beyond the last batch that is on disk (its groups were lost) must not be gone on from."""
+        return replace(super().resume_point(), up_to=self.admission.next_step if self._ready_order else None)
 
     def published(self, publication: Publication) -> None:
         """The hub holds these weights."""
@@ -119,6 +141,8 @@ class AsyncBuffer(TrainingBuffer):
 
     def saved(self, trained: TrainedIteration) -> None:
         super().saved(trained)
+        for number in itertools.chain.from_iterable(map(self._numbers, self._batches.values())):
+            self._examples.pop(number, None)
         self._batches.clear()
 
     # Batches.
@@ -134,8 +158,9 @@ class AsyncBuffer(TrainingBuffer):
                 return None
             place = self.plan.place(step)
             groups = tuple((self.plan.ticket_place(number)[2], version) for number, version in taken)
-            self._batches[step] = CutBatch(step, place.iteration, place.epoch, place.version, groups)
-            self.ledger.append_batch(self._batches[step])
+            batch = CutBatch(step, place.iteration, place.epoch, place.version, groups)
+            self.ledger.append_batch(batch)
+            self._batches[step] = batch
         return self._batches[step]
 
     def _train_batch(self, batch: CutBatch) -> TrainTask:
@@ -173,11 +198,9 @@ class AsyncBuffer(TrainingBuffer):
 
     def _restore(self) -> Admission:
         schedule = self.config.schedule
-        step, first = self.resume_point().step, self._next_iteration()
+        step, first = super().resume_point().step, self._next_iteration()
         tables = {t: self._table(t) for t in range(first or self.plan.iterations + 1, self.plan.iterations + 1)}
-        versions = {
-            number: version for t, table in tables.items() for number, version in self._versions(t, table).items()
-        }
+        versions = {n: version for t, table in tables.items() for n, version in self._fresh_versions(t, table).items()}
         in_batches: set[int] = set()
         if first and self._ready_order:
             self._batches = {batch.step: batch for batch in self._whole_batches(first, versions)}
@@ -193,10 +216,16 @@ class AsyncBuffer(TrainingBuffer):
 
     def _whole_batches(self, iteration: int, versions: Mapping[int, int]) -> list[CutBatch]:
         """The batches whose groups are all on disk, up to the first that is not: the learner starts before all of them."""
-        cut = self.ledger.batches(iteration)
-        whole = list(itertools.takewhile(lambda batch: versions.keys() >= set(self._numbers(batch)), cut))
+        cut, first = self.ledger.batches(iteration), self.plan.first_step(iteration)
+        whole: list[CutBatch] = []
+        for step, batch in enumerate(cut, start=first):
+            if batch.step != step or not versions.keys() >= set(self._numbers(batch)):
+                break
+            whole.append(batch)
         if len(whole) < len(cut):
-            log.warning("batches of iteration %d from step %d on are cut anew: groups are lost", iteration, len(whole))
+            log.warning(
+                "batches of iteration %d are cut anew from step %d on: groups are lost", iteration, first + len(whole)
+            )
             self.ledger.rewrite_batches(iteration, whole)
         return whole
 
@@ -210,6 +239,15 @@ class AsyncBuffer(TrainingBuffer):
             return {}
         numbers = (self._ticket(iteration, key) for key in group_keys(table))
         return dict(zip(numbers, table["policy_version"].to_pylist(), strict=True))
+
+    def _fresh_versions(self, iteration: int, table: pa.Table | None) -> dict[int, int]:
+        """In slice order nothing is looked at again when it is trained on: what is too old for a bound that became smaller
+        is left out here, and so is sampled again."""
+        versions = self._versions(iteration, table)
+        if self._ready_order or self.ledger.sealed(iteration):
+            return versions
+        oldest = self.plan.version_at(self.plan.first_step(iteration)) - self.config.schedule.max_staleness
+        return {number: version for number, version in versions.items() if version >= oldest}
 
     def _remember(self, table: pa.Table | None, iteration: int) -> None:
         if table is not None:

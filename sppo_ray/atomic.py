@@ -38,6 +38,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def append_line(path: Path, data: dict[str, Any]) -> None:
+    """One JSON object as a line; on disk when this returns, and not in the file at all if it raises."""
+    new = not path.exists()
+    with path.open("ab") as file:
+        size = file.tell()
+        try:
+            file.write(json.dumps(data).encode() + b"\n")
+            file.flush()
+        except OSError:
+            file.truncate(size)
+            raise
+    sync(path)
+    if new:
+        sync(path.parent)
+
+
 def read_whole_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file that is appended to, one a line; a last line cut off by a crash is removed from it."""
     data = path.read_bytes()

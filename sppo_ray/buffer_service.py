@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from sppo_ray.async_buffer import AsyncBuffer
 from sppo_ray.buffer import TrainingBuffer
 from sppo_ray.config import Config
-from sppo_ray.errors import LearnerError
+from sppo_ray.errors import LearnerError, SppoError
 from sppo_ray.layout import Assignment
 from sppo_ray.metrics import MetricsLog
 from sppo_ray.types import (
@@ -21,6 +21,7 @@ from sppo_ray.types import (
     Publication,
     ResumePoint,
     SliceSummary,
+    StopTask,
     Ticket,
     TrainedIteration,
     TrainTask,
@@ -101,6 +102,10 @@ class BufferService:
 
         return await self._when(newer)
 
+    async def evaluated(self, iteration: int) -> None:
+        self._of_async().evaluated(iteration)
+        await self._notify()
+
     async def serving(self, publication: Publication, figures: Mapping[str, Any]) -> None:
         """Record what is served, and let new groups be sampled from it."""
         self._metrics.write(
@@ -111,6 +116,7 @@ class BufferService:
                 "version": publication.version,
                 "checksum": publication.checksum,
                 "learner_seconds": publication.seconds,
+                **self._of_async().resamples,
                 **figures,
             }
         )
@@ -135,10 +141,22 @@ class BufferService:
 
     async def next_task(self, step: int) -> LearnerTask:
         """Waits until there is something to do after `step` updates."""
-        task: LearnerTask = await self._when(lambda: self._buffer.next_task(step), even_if_given_up=True)
+        task: LearnerTask = await self._when(lambda: self._task(step), even_if_given_up=True)
         if isinstance(task, TrainTask):
-            await self._notify()  # a batch was cut: the iteration may be complete, or a group is to be sampled again
+            await self._notify()  # a batch was cut: the iteration may be complete
         return task
+
+    def _task(self, step: int) -> LearnerTask | None:
+        """Called while `_changed` is held."""
+        before = self._async.resamples if self._async else None
+        try:
+            return self._buffer.next_task(step)
+        except SppoError as error:  # asking again would not help
+            self._gave_up = str(error)
+            return StopTask()
+        finally:
+            if self._gave_up or (self._async and self._async.resamples != before):
+                self._changed.notify_all()  # groups that were too old are to be sampled again
 
     async def give_up(self, reason: str) -> None:
         """The learner cannot go on, and trying again would not help."""

@@ -98,7 +98,7 @@ def scale(
         list[str], typer.Argument(metavar="ROLE=COUNT...", help="E.g. rollout=4, rollout=+2, judge=-1.")
     ],
 ) -> None:
-    """Add or remove rollout and judge workers while an async run goes on. The counts hold when it is resumed, too."""
+    """Add or remove rollout and judge workers while an async run goes on. When it is resumed its config's counts hold again."""
     from sppo_ray.scaling import request
 
     with exit_codes():

@@ -76,6 +76,11 @@ def _refuse_for_async(config: Config) -> None:
             "before its first update, so its groups would become older with every publish. Set weights.publish_every=slice "
             "or schedule.batch_order=ready."
         )
+    if config.rollout.seeds == "reference" and learner.epochs > 1 and schedule.batch_order == "ready":
+        raise ValueError(
+            f"rollout.seeds=reference gives every pass over a slice the same noise, but schedule.batch_order=ready samples each "
+            f"of learner.epochs={learner.epochs} anew: set rollout.seeds=derived, or learner.epochs=1."
+        )
     if every != "slice" and learner.checkpoint_every % every:
         raise ValueError(
             f"learner.checkpoint_every={learner.checkpoint_every} is not a multiple of weights.publish_every={every}: a run "

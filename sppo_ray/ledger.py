@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from sppo_ray.atomic import read_whole_lines, sync, whole_file, write_json
+from sppo_ray.atomic import append_line, read_whole_lines, whole_file, write_json
 from sppo_ray.config import Config
 from sppo_ray.errors import SppoError
 from sppo_ray.tables import SealedRow, generated_table, train_table
@@ -77,13 +77,7 @@ class Ledger:
 
     def append_batch(self, batch: CutBatch) -> None:
         """Durable when this returns: a learner that restarts gets the same batch again."""
-        path = self._batches_path(batch.iteration)
-        new = not path.exists()
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(batch)) + "\n")
-        sync(path)
-        if new:
-            sync(path.parent)
+        append_line(self._batches_path(batch.iteration), dataclasses.asdict(batch))
 
     def batches(self, iteration: int) -> list[CutBatch]:
         """In order; a last line that a crash cut off is dropped, here and on disk."""

@@ -112,7 +112,12 @@ def learner_state(config: Config, policy: ModelShape) -> tuple[Part, ...]:
     learner, e = config.learner, BYTES[config.learner.dtype]
     shard = policy.parameters / (learner.num_workers if learner.zero_stage else 1)
     master = 0 if learner.zero_stage == 0 and e == 4 else 4
+    frozen: tuple[Part, ...] = ()
+    if config.schedule.mode == "async" and config.reference == "snapshot" and config.schedule.batch_order == "ready":
+        part = shard if learner.zero_stage == 3 else policy.parameters
+        frozen = (Part("frozen reference", BYTES[config.policy.dtype] * part / GIB),)
     return (
+        *frozen,
         Part("parameters", e * (shard if learner.zero_stage == 3 else policy.parameters) / GIB),
         Part("fp32 master", master * shard / GIB),
         Part(f"{learner.optimizer} state", {"rmsprop": 4, "adamw": 8}[learner.optimizer] * shard / GIB),

@@ -100,6 +100,10 @@ class Buffer(Protocol):
         """Waits for published weights newer than version `after`; the newest ones."""
         ...
 
+    async def evaluated(self, iteration: int) -> None:
+        """The iteration's policy was evaluated while it was served; until then nothing newer is published."""
+        ...
+
     async def serving(self, publication: Publication, figures: Mapping[str, Any]) -> None:
         """Every rollout worker serves these weights; `figures` of the update go into the metrics."""
         ...

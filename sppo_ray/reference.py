@@ -28,4 +28,4 @@ def behavior_logps(example: TrainingExample) -> tuple[float, ...]:
 
 def refreshes_snapshot(task: TrainTask, every: int | Literal["slice"]) -> bool:
     """Whether the frozen copy is taken anew before this update. every: objective.snapshot_every."""
-    return task.step_in_iteration == 0 or (every != "slice" and task.step % every == 0)
+    return task.step_in_iteration == 0 or (every != "slice" and task.step_in_iteration % every == 0)

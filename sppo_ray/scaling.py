@@ -1,7 +1,7 @@
 """Desired numbers of rollout and judge workers of a running async job: `scale.json` in its run directory.
 
-`sppo scale` writes the file, the driver follows it (actors/fleet.py). It stays in force when the run is resumed; without
-it the config's num_workers hold.
+`sppo scale` writes the file, the driver follows it (actors/fleet.py). Without it, and when
+the run is resumed, the config's num_workers hold.
 """
 
 from __future__ import annotations

@@ -178,6 +178,7 @@ class ResumePoint:
 
     step: int  # optimizer updates done in the run
     policy_dir: str  # HF folder (or hub name) of the policy to start from
+    up_to: int | None = None  # a checkpoint of a later step must not be gone on from; None: any may
 
 
 # Async: what the schedule, the buffer and the learner tell each other beside groups.

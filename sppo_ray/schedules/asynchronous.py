@@ -12,6 +12,7 @@ What is sampled when, and what a batch holds, is `sppo_ray.admission`; here is o
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 
 from sppo_ray.config import Config
@@ -29,7 +30,7 @@ async def run(
     system: System, slices: Slices, config: Config, watch: Watch, start: int = 0, version: int = 0
 ) -> None:  # fmt: skip
     """Run the iterations after `start`, the last one whose policy is trained; it is served as `version` now."""
-    await system.evaluator.evaluate(start)
+    await evaluate(system, start)
     await supervised(
         sampling=sampling(system, slices, config, watch),
         training=training(system, slices, watch, start),
@@ -37,12 +38,13 @@ async def run(
     )
 
 
-async def sampling(system: System, slices: Slices, config: Config, watch: Watch) -> None:
-    """Ends when every group of the run is on disk."""
+async def sampling(system: System, slices: Slices, config: Config, watch: Watch) -> bool:
+    """Ends when every group of the run is in a batch."""
     async with InFlight() as groups:
         while tickets := await system.buffer.admit(await groups.room(lambda: system.rollout.slots)):
             for ticket in tickets:
                 groups.start(self_play(system, slices[ticket.iteration - 1][ticket.index], ticket, config, watch))
+    return True
 
 
 async def self_play(system: System, prompt: Prompt, ticket: Ticket, config: Config, watch: Watch) -> None:
@@ -59,15 +61,16 @@ async def self_play(system: System, prompt: Prompt, ticket: Ticket, config: Conf
     watch.judged(judged.receipt)
 
 
-async def training(system: System, slices: Slices, watch: Watch, start: int) -> None:
+async def training(system: System, slices: Slices, watch: Watch, start: int) -> bool:
     """Ends with the last iteration."""
     for t, prompts in enumerate(slices[start:], start=start + 1):
         await system.buffer.collected(t)
         watch.sealed(await system.buffer.seal(t, [prompt.prompt_id for prompt in prompts]))
         watch.trained(await system.learner.train(t))
+    return True
 
 
-async def publishing(system: System, config: Config, watch: Watch, start: int, version: int) -> None:
+async def publishing(system: System, config: Config, watch: Watch, start: int, version: int) -> bool:
     """Ends when the last iteration's policy is served and evaluated."""
     while start < config.schedule.iterations:
         publication = await system.buffer.publication(after=version)
@@ -79,7 +82,14 @@ async def publishing(system: System, config: Config, watch: Watch, start: int, v
         version = publication.version
         if publication.ends_iteration:
             start = publication.iteration
-            await system.evaluator.evaluate(start)
+            await evaluate(system, start)
+    return True
+
+
+async def evaluate(system: System, iteration: int) -> None:
+    """The policy that is served; nothing newer is published before the buffer is told."""
+    await system.evaluator.evaluate(iteration)
+    await system.buffer.evaluated(iteration)
 
 
 async def mismatch(system: System, publication: Publication, config: Config, watch: Watch) -> dict[str, object]:
@@ -96,7 +106,8 @@ async def mismatch(system: System, publication: Publication, config: Config, wat
             f"{found['mean_abs_per_token']:.3g} nats a token on average; objective.mismatch_alarm is "
             f"{config.objective.mismatch_alarm:g}"
         )
-    return {"mismatch": found, "mismatch_alarm": alarm}
+    figures = {name: value if math.isfinite(value) else None for name, value in found.items()}  # JSON has no NaN
+    return {"mismatch": figures, "mismatch_alarm": alarm}
 
 
 def sampling_of(prompt: Prompt, ticket: Ticket, config: Config) -> Sampling:

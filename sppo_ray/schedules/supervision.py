@@ -11,9 +11,9 @@ from sppo_ray.errors import SppoError
 AGAIN_S = 1.0  # how often room is looked for again without anything having finished: workers may be added
 
 
-async def supervised(**tasks: Coroutine[Any, Any, None]) -> None:
-    """Run until all have ended. When one fails, or is cancelled by itself, the others are cancelled and its error is raised
-    with the task's name as a note (a task of ours that ends by cancellation has died: SppoError)."""
+async def supervised(**tasks: Coroutine[Any, Any, bool]) -> None:
+    """Run until all have returned True: their work is done. When one fails, the others are cancelled and its error is raised
+    with the task's name as a note; one that ends in any other way has ended early, which is a SppoError with its name."""
     started = [asyncio.create_task(task, name=name) for name, task in tasks.items()]
     running = set(started)
     try:
@@ -27,8 +27,8 @@ async def supervised(**tasks: Coroutine[Any, Any, None]) -> None:
         await asyncio.gather(*started, return_exceptions=True)  # those that failed too at the same time are looked at
 
 
-def _raise_for(task: asyncio.Task[None]) -> None:
-    if task.cancelled():
+def _raise_for(task: asyncio.Task[bool]) -> None:
+    if task.cancelled() or (task.exception() is None and task.result() is not True):
         raise SppoError(f"the task {task.get_name()!r} ended before its work was done")
     error = task.exception()
     while isinstance(error, BaseExceptionGroup):  # of tasks that ran together inside: the first is the cause

@@ -75,7 +75,10 @@ def test_every_version_is_served_by_every_worker_with_the_learner_s_checksum(str
         assert set(line["workers"]) == {"rollout-0", "rollout-1"}
         newer = {worker["checksum"] for worker in line["workers"].values() if worker["version"] > line["version"]}
         assert {worker["checksum"] for worker in line["workers"].values()} - newer <= {line["checksum"]}
-        assert line["mismatch"]["max_abs_per_token"] < 1e-4  # engine against learner, same weights
+    compared = [line for line in served if "mismatch" in line]  # engine against learner, where all serve one version
+    assert compared
+    for line in compared:
+        assert line["mismatch"]["max_abs_per_token"] < 1e-4
         assert not line["mismatch_alarm"]
 
 

@@ -163,6 +163,7 @@ def interrupted(whole, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "interrupted"
     process = sppo(*train(run_dir), *SLOW)
     wait_for(lambda: shards(run_dir, 2) or process.poll() is not None)
+    assert process.poll() is None, process.communicate()[0]
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)

@@ -32,7 +32,8 @@ class Buffer(BufferService):
 
 
 class Fakes:
-    def __init__(self, config, slices, seed=0, fail_at=None, abort_at=None, wrong_by=0.0):
+    def __init__(self, config, slices, seed=0, fail_at=None, abort_at=None, wrong_by=0.0, slowness=0):
+        self.slowness = slowness
         self.config, self.rng = config, random.Random(seed)
         self.fail_at, self.abort_at, self.wrong_by = fail_at, abort_at, wrong_by
         self.buffer = Buffer(config, [[prompt.prompt_id for prompt in part] for part in slices])
@@ -69,6 +70,7 @@ class Fakes:
 
     async def load(self, version):
         await self.sleep_a_little()
+        await asyncio.sleep(0.005 * self.slowness)
         assert version <= self.hub
         self.version = version
         return {"rollout-0": {"version": version, "checksum": repr(self.weights)}}
@@ -127,7 +129,11 @@ class Fakes:
     # Evaluator and watch.
 
     async def evaluate(self, iteration):
-        self.log.append(("evaluate", iteration, self.version))
+        version = self.version
+        for _ in range(self.slowness):
+            await asyncio.sleep(0.01)
+            assert (self.version, self.hub) == (version, version)  # nothing newer, not even in the hub
+        self.log.append(("evaluate", iteration, version))
 
     def alarm(self, text):
         self.alarms.append(text)

@@ -46,11 +46,13 @@ class AsyncRun(RuleBasedStateMachine):
         )
         self.slices = [[f"{t}-{n}" for n in range(size)] for t, size in enumerate(sizes, start=1)]
         self.batches = {}  # step -> rows, as first handed out
+        self.loosest = staleness
         self.resume()
 
     def resume(self):
         self.buffer = AsyncBuffer(self.config, self.slices)
         self.running = []
+        self.exhausted = False
         self.restart_learner()
         self.version = self.served = self.buffer.plan.version_at(self.step)  # learner's and the rollout workers'
 
@@ -61,7 +63,11 @@ class AsyncRun(RuleBasedStateMachine):
 
     @rule(room=st.integers(1, 5))
     def admit(self, room):
-        for ticket in self.buffer.admit(room):
+        if self.exhausted:
+            return  # as the schedule does: it has stopped asking
+        tickets = self.buffer.admit(room)
+        self.exhausted = self.buffer.admission.exhausted
+        for ticket in tickets:
             assert ticket.number not in {other.number for other, _ in self.running}
             self.running.append((ticket, self.served))
 
@@ -89,6 +95,8 @@ class AsyncRun(RuleBasedStateMachine):
     def serve(self):
         self.served = self.version
         self.buffer.serve(self.served)
+        done = self.buffer.last_trained()
+        self.buffer.evaluated(done.iteration if done else 0)
 
     @rule()
     def seal(self):
@@ -102,8 +110,12 @@ class AsyncRun(RuleBasedStateMachine):
     def learner_dies(self):
         self.restart_learner()
 
-    @rule()
-    def everything_dies(self):
+    @rule(staleness=st.integers(0, 3))
+    def everything_dies(self, staleness):
+        """The run goes on, perhaps under another bound: what was put into batches before stays as it is."""
+        schedule = self.config.schedule.model_copy(update={"max_staleness": staleness})
+        self.config = self.config.model_copy(update={"schedule": schedule})
+        self.loosest = max(self.loosest, staleness)
         self.resume()
 
     # What must hold.
@@ -117,7 +129,7 @@ class AsyncRun(RuleBasedStateMachine):
         out = {ticket.number for ticket, _ in self.running}
         for t in range(1, len(self.slices) + 1):
             out |= set(self.buffer._versions(t, self.buffer._table(t)))
-        bound = max(self.served, self.reached()) + self.config.schedule.max_staleness
+        bound = max(self.served, self.reached()) + self.loosest
         assert (
             len(out) <= sum(plan.place(step).size for step in range(plan.steps) if plan.place(step).version <= bound)
             or self.config.schedule.batch_order == "slice"
@@ -129,14 +141,19 @@ class AsyncRun(RuleBasedStateMachine):
         return self.highest
 
     def take_task(self):
+        whole = self.config.schedule.batch_order == "slice"
+        self.sealed_before = whole and self.buffer._open is not None  # closed under another bound, perhaps
         task = self.buffer.next_task(self.step)
         match task:
             case TrainTask(step=step, examples=examples):
                 assert step == self.step
                 consumed = self.buffer.plan.version_at(step)
                 rows = [(e.prompt_id, e.policy_version) for e in examples]
+                bound = (
+                    self.loosest if step in self.batches or self.sealed_before else self.config.schedule.max_staleness
+                )
                 for example in examples:
-                    assert example.staleness == consumed - example.policy_version <= self.config.schedule.max_staleness
+                    assert example.staleness == consumed - example.policy_version <= bound
                 assert self.batches.setdefault(step, rows) == rows  # asked again, the same rows
                 self.step += 1
             case PublishTask(version=version):
@@ -172,12 +189,13 @@ class AsyncRun(RuleBasedStateMachine):
             keys = sorted((row["prompt_id"], row["epoch"]) for row in rows)
             assert keys == sorted((p, epoch) for p in prompt_ids for epoch in range(self.buffer.plan.passes))
             for row in rows:
-                assert row["consumed_version"] - row["policy_version"] <= self.config.schedule.max_staleness
+                assert row["consumed_version"] - row["policy_version"] <= self.loosest
                 assert (row["prompt_id"], row["policy_version"]) in self.batches[row["step"] - 1]
         shutil.rmtree(self.dir)
 
     def admit_and_finish_oldest_last(self):
-        self.admit(3)
+        for _ in range(3):
+            self.admit(3)
         while self.running:
             ticket, version = self.running.pop()
             group = judged(self.slices[ticket.iteration - 1][ticket.index], ticket.iteration, 2, version, ticket.epoch)
@@ -199,7 +217,9 @@ def ready(tmp_path, prompts=6, **overrides):
         "learner__batch_size": 2,
         "rollout__responses_per_prompt": 2,
     }
-    return AsyncBuffer(config(tmp_path, **(given | overrides)), [[f"p{n}" for n in range(prompts)]])
+    buffer = AsyncBuffer(config(tmp_path, **(given | overrides)), [[f"p{n}" for n in range(prompts)]])
+    buffer.evaluated(0)
+    return buffer
 
 
 def finish(buffer, ticket, version=0):
@@ -325,3 +345,70 @@ def test_only_waiting_groups_and_the_last_batches_are_held(tmp_path):
         assert len(buffer._examples) <= 6
         buffer.published(Publication(step + 1, step + 1, 1, False, "c", 0.0))
         buffer.serve(step + 1)
+
+
+def test_what_is_sent_back_is_admitted_within_the_bound_too(tmp_path):
+    """20 groups on disk from version 0, then a smaller bound: they come again as the served version allows, not at once."""
+    buffer = ready(tmp_path, prompts=24, schedule__max_staleness=9)
+    for ticket in buffer.admit(20):
+        finish(buffer, ticket)
+    stricter = ready(tmp_path, prompts=24, schedule__max_staleness=1)
+    out = 0
+    for step in range(12):
+        while (task := stricter.next_task(step)) is None:
+            tickets = stricter.admit(24)
+            assert tickets, "nothing may be sampled, and nothing can be trained"
+            out = max(out, max(ticket.number for ticket in tickets))
+            for ticket in tickets:
+                finish(stricter, ticket, version=step)
+            assert out < (1 + step + 1) * 2
+        assert max(example.staleness for example in task.examples) <= 1
+        stricter.published(Publication(step + 1, step + 1, 1, False, "c", 0.0))
+        stricter.serve(step + 1)
+    assert stricter.admission.exhausted
+    assert stricter.resamples["most_resamples"] == 1
+
+
+def test_sampling_is_not_over_while_groups_may_come_back(tmp_path):
+    buffer = ready(tmp_path, schedule__max_staleness=9)
+    for ticket in buffer.admit(6):
+        finish(buffer, ticket)
+    assert not ready(tmp_path, schedule__max_staleness=0).admission.exhausted
+
+
+def test_a_slice_that_is_too_old_for_a_smaller_bound_is_sampled_again(tmp_path):
+    given = {"schedule__batch_order": "slice", "weights__publish_every": "slice", "schedule__iterations": 2}
+    slices = [["p0", "p1"], ["q0", "q1"]]
+
+    def start(staleness):
+        made = {"schedule__mode": "async", "learner__batch_size": 2, "rollout__responses_per_prompt": 2} | given
+        return AsyncBuffer(config(tmp_path, schedule__max_staleness=staleness, **made), slices)
+
+    buffer = start(1)
+    for ticket in buffer.admit(4):
+        name = slices[ticket.iteration - 1][ticket.index]
+        buffer.add([judged(name, ticket.iteration, 2)])
+    again = start(0)
+    again.seal(1, slices[0])
+    again.release(1)
+    again.saved(TrainedIteration(1, 1, 1, "c", "policy"))
+    again.serve(1)
+    assert sorted(ticket.iteration for ticket in again.admit(4)) == [2, 2]
+
+
+def test_a_batch_that_could_not_be_written_is_not_handed_out(tmp_path, monkeypatch):
+    buffer = ready(tmp_path)
+    for ticket in buffer.admit(4):
+        finish(buffer, ticket)
+
+    def full(batch):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(buffer.ledger, "append_batch", full)
+        with pytest.raises(OSError, match="disk full"):
+            buffer.next_task(0)
+    (tmp_path / "iter_1/batches.jsonl").write_text(
+        '{"step": 1, "iteration": 1, "epoch": 0, "version": 1, "groups": []}\n'
+    )
+    assert isinstance(ready(tmp_path).next_task(0), TrainTask)  # a gap: cut anew from the beginning

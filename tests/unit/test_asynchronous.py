@@ -94,6 +94,29 @@ def _of(fakes, kind):
     return [entry for entry in fakes.log if entry[0] == kind]
 
 
+@pytest.mark.parametrize("order", ["ready", "slice"])
+async def test_every_policy_is_evaluated_while_it_is_served_however_slow_that_is(tmp_path, order):
+    run = async_config(
+        tmp_path, schedule__max_staleness=2, weights__publish_every="slice", schedule__batch_order=order
+    )  # fmt: skip
+    fakes = await run_async(Fakes(run, SLICES, slowness=4))
+    assert _of(fakes, "evaluate") == [("evaluate", t, t) for t in range(4)]
+
+
+async def test_a_run_that_goes_on_under_a_smaller_bound_comes_to_its_end(tmp_path):
+    """Everything was sampled before the first update; what is too old by then is sampled again, and nobody waits for ever."""
+    loose = Fakes(async_config(tmp_path, schedule__max_staleness=99), SLICES, fail_at="3-8")
+    loose.learn = lambda: asyncio.sleep(60)  # a learner that never asks
+    with pytest.raises(RuntimeError, match="died"):
+        await run_async(loose)
+    strict = await run_async(Fakes(async_config(tmp_path, schedule__max_staleness=0, weights__publish_every=4), SLICES))
+    rows = [row for t in (1, 2, 3) for row in table(tmp_path, t).to_pylist()]
+    assert {row["consumed_version"] - row["policy_version"] for row in rows} == {0}
+    served = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line.get("event") == "publish"]
+    assert served[-1]["resampled_groups"] > 0
+    assert strict.buffer._async.admission.exhausted
+
+
 async def test_sampling_and_training_overlap(tmp_path):
     fakes = await run_async(Fakes(async_config(tmp_path, schedule__max_staleness=4), SLICES))
     rows = [row for t in (1, 2, 3) for row in table(tmp_path, t).to_pylist()]
@@ -136,12 +159,16 @@ async def test_a_learner_that_gives_up_ends_the_run_with_its_reason(tmp_path):
         await asyncio.wait_for(asynchronous.run(fakes.system, SLICES, fakes.config, fakes), timeout=10)
 
 
-async def test_a_task_that_ends_by_cancellation_is_named():
+async def test_a_task_that_ends_early_is_named():
     async def dies():
         raise asyncio.CancelledError
 
-    with pytest.raises(SppoError, match="'publishing'"):
-        await supervised(publishing=dies(), sampling=asyncio.sleep(60))
+    async def returns():
+        return None
+
+    for task in (dies, returns):
+        with pytest.raises(SppoError, match="'publishing' ended before its work was done"):
+            await supervised(publishing=task(), sampling=asyncio.sleep(60))
 
 
 async def test_the_others_are_cancelled_when_one_fails():

@@ -120,7 +120,13 @@ def test_async_config_trains_what_the_sync_one_does(name: str) -> None:
     ours = flatten(load_config(ROOT / f"configs/{name}.yaml").model_dump(mode="json"))
     sync = flatten(load_config(ROOT / f"configs/{name.removesuffix('_async')}.yaml").model_dump(mode="json"))
     differs = {key for key in ours if ours[key] != sync[key] and key.split(".")[0] not in ("run", "cluster", "weights")}
-    where = {"rollout.num_workers", "judge.num_workers", "learner.num_workers", "rollout.gpu_memory_utilization"}
+    where = {
+        "learner.micro_batch_size",
+        "rollout.num_workers",
+        "judge.num_workers",
+        "learner.num_workers",
+        "rollout.gpu_memory_utilization",
+    }
     assert differs <= where | {
         "schedule.mode",
         "schedule.max_staleness",

@@ -21,7 +21,7 @@ from sppo_ray.memory import (
     learner_work,
     micro_batch_tokens,
 )
-from sppo_ray.model_shapes import KNOWN
+from sppo_ray.model_shapes import KNOWN, model_shape
 from tests.unit.gpu_configs import MISTRAL, gpu_config
 
 POLICY, JUDGE = KNOWN[MISTRAL], KNOWN["llm-blender/PairRM"]
@@ -166,3 +166,13 @@ def test_cpu_has_host_memory_only() -> None:
     assert host["rollout workers"] == pytest.approx(2 * (13.489 + 0.0625), abs=1e-2)
     assert host["5 processes at 0.7 GiB"] == pytest.approx(3.5)
     assert memory.kv_tokens == 512  # 64 MiB at 128 KiB
+
+
+def test_a_frozen_reference_is_counted() -> None:
+    """Async with a snapshot holds the local part of the weights once more, in the policy's precision."""
+    apart = {"sections": {"schedule": {"mode": "async"}, "objective": {"reference": "snapshot"}}}
+    config = gpu_config(8, (3, 4, 1), **apart)
+    policy = model_shape(config.policy.model)
+    parts = {part.name: part.gib for part in learner_state(config, policy)}
+    assert parts["frozen reference"] == pytest.approx(2 * policy.parameters / 4 / 2**30)
+    assert "frozen reference" not in {part.name for part in learner_state(gpu_config(8), policy)}
