@@ -21,7 +21,7 @@ from sppo_ray.memory import (
     learner_work,
     micro_batch_tokens,
 )
-from sppo_ray.model_shapes import KNOWN, model_shape
+from sppo_ray.model_shapes import KNOWN
 from tests.unit.gpu_configs import MISTRAL, gpu_config
 
 POLICY, JUDGE = KNOWN[MISTRAL], KNOWN["llm-blender/PairRM"]
@@ -172,7 +172,6 @@ def test_a_frozen_reference_is_counted() -> None:
     """Async with a snapshot holds the local part of the weights once more, in the policy's precision."""
     apart = {"sections": {"schedule": {"mode": "async"}, "objective": {"reference": "snapshot"}}}
     config = gpu_config(8, (3, 4, 1), **apart)
-    policy = model_shape(config.policy.model)
-    parts = {part.name: part.gib for part in learner_state(config, policy)}
-    assert parts["frozen reference"] == pytest.approx(2 * policy.parameters / 4 / 2**30)
-    assert "frozen reference" not in {part.name for part in learner_state(gpu_config(8), policy)}
+    parts = {part.name: part.gib for part in learner_state(config, POLICY)}
+    assert parts["frozen reference"] == pytest.approx(2 * POLICY.parameters / 4 / 2**30)
+    assert "frozen reference" not in {part.name for part in learner_state(gpu_config(8), POLICY)}
