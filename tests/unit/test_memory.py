@@ -172,6 +172,6 @@ def test_a_frozen_reference_is_counted() -> None:
     """Async with a snapshot holds the local part of the weights once more, in the policy's precision."""
     apart = {"sections": {"schedule": {"mode": "async"}, "objective": {"reference": "snapshot"}}}
     config = gpu_config(8, (3, 4, 1), **apart)
-    parts = {part.name: part.gib for part in learner_state(config, POLICY)}
+    parts = {part.label: part.gib for part in learner_state(config, POLICY)}
     assert parts["frozen reference"] == pytest.approx(2 * POLICY.parameters / 4 / 2**30)
-    assert "frozen reference" not in {part.name for part in learner_state(gpu_config(8), POLICY)}
+    assert "frozen reference" not in {part.label for part in learner_state(gpu_config(8), POLICY)}
