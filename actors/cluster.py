@@ -14,7 +14,7 @@ from pathlib import Path
 import ray
 
 from sppo_ray.config import Config
-from sppo_ray.errors import ConfigError
+from sppo_ray.errors import ConfigError, SppoError
 from sppo_ray.layout import Layout
 from sppo_ray.seeds import derive
 
@@ -66,18 +66,24 @@ def _start(layout: Layout, namespace: str) -> ray.runtime_context.RuntimeContext
     os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")
     roles = (layout.rollout, layout.judge, layout.learner)
     cpus = max(os.cpu_count() or 1, math.ceil(sum(role.workers * role.cpus for role in roles)) + 1)
-    return ray.init(
-        address="local",
-        num_cpus=cpus,
-        namespace=namespace,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        runtime_env={
-            "env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-        },
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    try:
+        return ray.init(
+            address="local",
+            num_cpus=cpus,
+            namespace=namespace,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            runtime_env={"env_vars": {"PYTHONPATH": path}},
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # Ray has no type for it, and 30 s for the limit
+            raise
+        raise SppoError(
+            "Ray did not start on this machine within 30 s: it is overloaded; try again when it is not"
+        ) from None
 
 
 def _ensure_token() -> None:
