@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--staleness", type=int, nargs="*", default=[1, 4])
     parser.add_argument("--out", type=Path, default=Path("runs/async_learns"))
+    parser.add_argument("--finished", action="store_true", help="run nothing; show the runs that are there")
     parser.add_argument("overrides", nargs="*", help="key=value, for every run")
     options = parser.parse_args()
     variants = {"sync": ("tiny_cpu.yaml", [])}
@@ -47,7 +48,9 @@ def main() -> None:
     for seed in options.seeds:
         for name, (config, values) in variants.items():
             folders[seed, name] = options.out / f"{name.replace(', ', '_').replace(' ', '_')}-{seed}"
-            train(ROOT / "configs" / config, folders[seed, name], [f"run.seed={seed}", *values, *options.overrides])
+            if not options.finished:
+                train(ROOT / "configs" / config, folders[seed, name], [f"run.seed={seed}", *values, *options.overrides])
+    folders = {key: folder for key, folder in folders.items() if read_manifest(folder).get("status") == "done"}
     Console(width=130).print(table(folders, options.seeds, list(variants)))
 
 
@@ -74,6 +77,11 @@ def trained(run_dir: Path) -> str:
     return f"{pairs} / {sampled} / {len(steps)}, staleness {mean:.2f}, at most {most}"
 
 
+def holds(ours: list[float], sync: list[float]) -> str:
+    """Of the sampled answers, by judge and oracle."""
+    return "yes" if all(a >= b - SLACK for a, b in zip(ours[:2], sync[:2], strict=True)) else "no"
+
+
 def table(folders: dict[tuple[int, str], Path], seeds: list[int], variants: list[str]) -> Table:
     made = Table(title="Held-out win rate over the base after the last iteration")
     for heading in ("seed", "schedule", "judge sampled", "oracle sampled", "judge greedy", "oracle greedy"):
@@ -81,16 +89,12 @@ def table(folders: dict[tuple[int, str], Path], seeds: list[int], variants: list
     made.add_column("pairs trained / groups sampled / updates")
     made.add_column(f"judge and oracle sampled\n>= sync - {SLACK}")
     for seed in seeds:
-        sync = final(folders[seed, "sync"])
+        sync = final(folders[seed, "sync"]) if (seed, "sync") in folders else None
         for name in variants:
+            if (seed, name) not in folders:
+                continue
             ours = final(folders[seed, name])
-            verdict = (
-                ""
-                if name == "sync"
-                else "yes"
-                if all(a >= b - SLACK for a, b in zip(ours[:2], sync, strict=False))
-                else "no"
-            )
+            verdict = "" if name == "sync" or sync is None else holds(ours, sync)
             cells = [f"{value:.3f}" for value in ours]
             made.add_row(
                 str(seed), name, *cells, trained(folders[seed, name]), verdict, end_section=name == variants[-1]
