@@ -103,5 +103,6 @@ def _new_folder(weights: Path, version: int) -> Path:
 def _commit_folder(config: Config, hub: Any, version: int, checksum: Checksum, folder: Path) -> str:
     ray.get(hub.commit_folder.remote(version, checksum.hexdigest(), str(folder)))
     for old in sorted((Path(config.run.dir) / "weights").glob("*"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
-        shutil.rmtree(old)
+        if old != folder:
+            shutil.rmtree(old)
     return checksum.hexdigest()

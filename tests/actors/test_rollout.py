@@ -158,7 +158,9 @@ async def test_a_worker_keeps_or_aborts_groups_as_configured(
         assert isinstance(error, GroupAborted)
         assert f"rollout-abort: prompt {prompts[i].prompt_id!r}" in str(error)
     whole = [result[0] for result in aborted if not isinstance(result, BaseException)]
-    assert {(group.version_start, group.version_end) for group in whole} == {(old, old)}
+    # Done before the update or protected from it; or still waiting for a place in the engine, and sampled from the new weights.
+    assert {(group.version_start, group.version_end) for group in whole} <= {(old, old), (base.version, base.version)}
+    assert 11 not in {i for i, _ in errors}  # the protected one
     assert whole[-1].prompt.prompt_id == prompts[11].prompt_id  # the protected one, last in the queue
     for worker in workers.values():
         ray.kill(worker)

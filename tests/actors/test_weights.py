@@ -178,7 +178,7 @@ def published(config: Config, serving: Serving, weights: Weights, policy: Path) 
 async def test_every_channel_serves_the_same(
     serving: Serving, base_weights: Weights, prompts: list[Prompt], policy: Path, tmp_path: Path
 ) -> None:
-    """The disk channel keeps the folder that is served and the one before it; a saved policy is served from its own."""
+    """The disk channel keeps the newest folders only; a saved policy is served from its own."""
     pool, by_disk = serving.pool(), through("disk", serving, tmp_path)
     weights = changed(base_weights, 6)
 
@@ -197,7 +197,7 @@ async def test_every_channel_serves_the_same(
 
     checksums.add(published(by_disk, serving, weights, policy))
     last = serving.version
-    assert {f.name for f in (tmp_path / "weights").iterdir()} == {f"v{last - 1}", f"v{last}"}
+    assert {f.name for f in (tmp_path / "weights").iterdir()} == {f"v{last - n}" for n in range(3)}
     serving.version += 1
     checksums.add(publish_folder(by_disk, serving.hub, tmp_path / "weights" / f"v{last}", serving.version))
     assert len(checksums) == 1
@@ -205,8 +205,8 @@ async def test_every_channel_serves_the_same(
     # The same version again, as after a restart of the learner: not over the folder that is read.
     assert publish(by_disk, serving.hub, ALONE, serving.version, iter(weights.items()), str(policy)) in checksums
     assert publish(by_disk, serving.hub, ALONE, serving.version, iter(weights.items()), str(policy)) in checksums
-    again = {f"v{serving.version}", f"v{serving.version}.1"}
-    assert {f.name for f in (tmp_path / "weights").iterdir()} == again
+    newest = {f"v{last - 1}", f"v{last}", f"v{serving.version}", f"v{serving.version}.1"}
+    assert {f.name for f in (tmp_path / "weights").iterdir()} == newest
     # What is outside the run directory may not be seen by all nodes.
     serving.version += 1
     publish_folder(by_disk, serving.hub, policy, serving.version)

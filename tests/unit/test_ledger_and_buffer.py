@@ -142,12 +142,12 @@ def test_the_same_step_gives_the_same_rows_after_a_restart(tmp_path):
 def test_steps_and_resume_point_go_on_over_iterations(tmp_path):
     cfg = config(tmp_path)
     buffer = filled(cfg)
-    assert dataclasses.astuple(buffer.resume_point()) == (0, "base")
+    assert dataclasses.astuple(buffer.resume_point()) == (0, "base", None)
     buffer.seal(1, NAMES)
     buffer.record_reference(1, logps(10))
     buffer.saved(TrainedIteration(1, 1, 3, "sum", str(tmp_path / "iter_1/policy")))
     again = TrainingBuffer(cfg)
-    assert dataclasses.astuple(again.resume_point()) == (3, str(tmp_path / "iter_1/policy"))
+    assert dataclasses.astuple(again.resume_point()) == (3, str(tmp_path / "iter_1/policy"), None)
     assert again.next_task(3) is None
     again.add([judged(name, 2, version=1) for name in NAMES])
     again.seal(2, NAMES)

@@ -31,5 +31,5 @@ def test_when_a_snapshot_is_renewed() -> None:
         return [task.step for task in tasks if refreshes_snapshot(task, every)]
 
     assert renewed("slice", range(10, 20), first=10) == [10]
-    assert renewed(4, range(10, 20), first=10) == [10, 12, 16]  # by the run's steps, and where the slice begins
+    assert renewed(4, range(10, 20), first=10) == [10, 14, 18]  # counted from where the slice begins
     assert renewed(1, range(10, 13), first=10) == [10, 11, 12]
