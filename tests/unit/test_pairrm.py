@@ -126,7 +126,8 @@ def test_same_bits_alone_after_others_and_in_a_fresh_process(judge, folder):
     backwards = [judge.logits(*group).tobytes() for group in reversed(GROUPS[:2])]
     assert alone == backwards[::-1]
     code = (
-        "import sys, torch; torch.set_num_threads(1); from sppo_ray.pairrm import load_pairrm;"
+        # As many threads as here: vLLM, if it ran in this process before, has fixed their number.
+        f"import sys, torch; torch.set_num_threads({torch.get_num_threads()}); from sppo_ray.pairrm import load_pairrm;"
         f"sys.stdout.write(load_pairrm({str(folder)!r}).logits(*{GROUPS[0]!r}).tobytes().hex())"
     )
     fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
