@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 import ray
+from ray.exceptions import ObjectLostError
 
 from actors.process import redirect_output
 from sppo_ray.buffer_service import BufferService
@@ -27,6 +28,12 @@ class BufferActor(BufferService):
     async def ready(self) -> str:
         return NAME
 
-    async def add_all(self, judged: Sequence[ray.ObjectRef]) -> None:
-        """`add` of what the references stand for."""
-        await self.add(await asyncio.gather(*judged))
+    async def add_all(self, judged: Sequence[ray.ObjectRef]) -> list[str | None]:
+        """`add` of what the references stand for. For each: None, or how it was lost with its node (and so not added)."""
+        groups = await asyncio.gather(*judged, return_exceptions=True)
+        for group in groups:
+            if isinstance(group, BaseException) and not isinstance(group, ObjectLostError):
+                raise group
+        if whole := [group for group in groups if not isinstance(group, BaseException)]:
+            await self.add(whole)
+        return [str(group) if isinstance(group, BaseException) else None for group in groups]

@@ -10,6 +10,7 @@ from ray.actor import ActorHandle
 
 from actors.buffer import NAME
 from actors.workers import call
+from sppo_ray.errors import GroupLost
 from sppo_ray.protocols import Handle
 from sppo_ray.types import Publication, SliceSummary, Ticket, TrainedIteration
 
@@ -20,7 +21,7 @@ class BufferClient:
     def __init__(self, actor: ActorHandle) -> None:
         self.actor = actor
         self._outbox: list[tuple[Any, asyncio.Future[None]]] = []
-        self._sending: set[asyncio.Task[None]] = set()
+        self._sending: set[asyncio.Task[list[str | None]]] = set()
 
     async def held(self, iteration: int) -> frozenset[str]:
         return await self._call("held", iteration)
@@ -62,6 +63,9 @@ class BufferClient:
     async def last_step(self) -> Mapping[str, Any]:
         return await self._call("last_step")
 
+    async def trouble(self) -> str:
+        return await self._call("trouble")
+
     async def _call(self, method: str, *args: Any) -> Any:
         return await call(self.actor, NAME, method, *args)
 
@@ -70,13 +74,16 @@ class BufferClient:
         self._sending.add(sending := asyncio.create_task(self._call("add_all", [ref for ref, _ in batch])))
         sending.add_done_callback(lambda done: self._sent(done, [acknowledged for _, acknowledged in batch]))
 
-    def _sent(self, sending: asyncio.Task[None], acknowledged: Sequence[asyncio.Future[None]]) -> None:
+    def _sent(self, sending: asyncio.Task[list[str | None]], acknowledged: Sequence[asyncio.Future[None]]) -> None:
         self._sending.discard(sending)
         error = None if sending.cancelled() else sending.exception()
-        for waiting in acknowledged:
+        lost = [None] * len(acknowledged) if sending.cancelled() or error else sending.result()
+        for waiting, how in zip(acknowledged, lost, strict=True):
             if waiting.done():  # its caller was cancelled
                 continue
             if error is not None:
                 waiting.set_exception(error)
+            elif how is not None:
+                waiting.set_exception(GroupLost(f"a judged group was lost before it was on disk: {how}"))
             else:
                 waiting.set_result(None)

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import ObjectLostError
 
 from actors.buffer import NAME as BUFFER
 from actors.buffer import BufferActor
@@ -26,13 +28,13 @@ from actors.rollout import RolloutWorker
 from actors.weights import NAME as HUB
 from actors.weights import WeightsHub
 from sppo_ray.config import Config
+from sppo_ray.errors import GroupLost
 from sppo_ray.evaluation import HeldOutEvaluator, Oracle
 from sppo_ray.layout import Layout, RoleLayout, check_placement
 from sppo_ray.protocols import Handle, System
 from sppo_ray.scaling import ScaledRole
 from sppo_ray.types import Prompt, ResponseGroup, TrainedIteration
 
-RESTARTS = 3  # of a rollout or judge worker, by Ray; past it the run fails with the worker's error
 LIGHT = RoleLayout(workers=1, gpus=0, cpus=0)  # actors that wait more than they work
 
 
@@ -80,7 +82,8 @@ async def running(
     # Rollouts, learner, judges, each when those before have their GPUs: on shared GPUs Ray's packing then gives one of each
     # per GPU. Where they take turns, the rollouts sleep while the learner loads, and get their weights back from the hub.
     rollouts = {name: create("rollout", name) for name in (f"rollout-{n}" for n in range(layout.rollout.workers))}
-    rollout = RolloutPool(config, rollouts, hub, all_at_once=config.schedule.mode == "sync")
+    at_once = config.schedule.mode == "sync"
+    rollout = RolloutPool(config, rollouts, hub, at_once, partial(create, "rollout"), layout.takes_turns)
     if layout.takes_turns:
         await rollout.ready()
         await asyncio.to_thread(publish_folder, config, hub, Path(local_folder(policy)), version)
@@ -91,7 +94,7 @@ async def running(
         learner = LearnerProcess(actor, buffer.actor)
     placed = await learner.placed() if learner and layout.gpus else []
     judges = {name: create("judge", name) for name in (f"judge-{n}" for n in range(layout.judge.workers))}
-    judge = JudgePool(config, judges)
+    judge = JudgePool(config, judges, create=partial(create, "judge"))
     await judge.ready()
     await rollout.ready()
     if layout.takes_turns:
@@ -109,19 +112,23 @@ def _ids(slices: Sequence[Sequence[Prompt]] | None) -> list[list[str]] | None:
 
 
 def _actor(kind: type, name: str, config: Config, role: RoleLayout) -> Any:
-    """An actor class with its name, resources and environment, ready for `.remote(...)`."""
+    """An actor class with its name, resources and environment, ready for `.remote(...)`. Ray restarts none of them: the
+    pools start their workers again."""
     return ray.remote(kind).options(
         name=name,
         num_cpus=role.cpus,
         num_gpus=role.gpus,
-        max_restarts=0 if role is LIGHT else RESTARTS,
+        max_restarts=0,
         runtime_env={"env_vars": environment(gpus=role.gpus > 0, threads=config.cluster.threads)},
     )
 
 
 async def fetch(handle: Handle) -> ResponseGroup:
-    """The group itself, for evaluation."""
-    group: ResponseGroup = await handle.ref
+    """The group itself, for evaluation. Raises GroupLost if it died with its node."""
+    try:
+        group: ResponseGroup = await handle.ref
+    except ObjectLostError as error:
+        raise GroupLost(f"a held-out group was lost before it was read: {error}") from error
     return group
 
 

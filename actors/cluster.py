@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray.exceptions import AuthenticationError
+from rich.console import Console
 
+from actors.access import REMEDY, ensure_token, refuse_open_cluster, stay_on_loopback
 from sppo_ray.config import Config
 from sppo_ray.errors import ConfigError, SppoError
 from sppo_ray.layout import Layout
@@ -30,12 +32,18 @@ class Connection:
 
 @contextmanager
 def connected(config: Config, layout: Layout) -> Iterator[Connection]:
-    """Join the cluster of cluster.address or RAY_ADDRESS, else start a local one for the length of the run."""
+    """Join the cluster of cluster.address or RAY_ADDRESS, else start a local one for the length of the run.
+
+    Raises ConfigError if there is no such cluster, or if it is open to everyone on its network."""
     root = Path(config.run.dir)
     namespace = f"sppo-{root.name}-{derive(root) % 0xFFFF:04x}"  # two run directories may have one name
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     try:
+        if address and (warning := refuse_open_cluster(address, config.cluster.allow_unauthenticated)):
+            Console(stderr=True, soft_wrap=True).print(f"warning: {warning}", style="yellow", highlight=False)
         context = _join(address, namespace) if address else _start(layout, namespace)
+    except AuthenticationError as error:
+        raise ConfigError(f"Ray's token: {error}. To use one, {REMEDY}.") from None
     except ConnectionError as error:
         raise ConfigError(
             f"no Ray cluster answers at {address}: {error}. Check cluster.address and the token."
@@ -59,7 +67,8 @@ def _join(address: str, namespace: str) -> ray.runtime_context.RuntimeContext:
 
 
 def _start(layout: Layout, namespace: str) -> ray.runtime_context.RuntimeContext:
-    _ensure_token()
+    ensure_token()
+    stay_on_loopback()
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # Ray's announced default; unset, every worker warns of it
     # Objects that nobody holds any more are freed at once: by default Ray gathers them for a second, and the chunks of a
     # publish, each as large as a layer, would pile up meanwhile.
@@ -84,19 +93,6 @@ def _start(layout: Layout, namespace: str) -> ray.runtime_context.RuntimeContext
         raise SppoError(
             "Ray did not start on this machine within 30 s: it is overloaded; try again when it is not"
         ) from None
-
-
-def _ensure_token() -> None:
-    """A local ray.init() switches token authentication on unless told otherwise, and makes a token readable by everyone on
-    the machine if there is none: so make it first, for this user alone."""
-    if os.environ.get("RAY_AUTH_MODE", "token") != "token" or "RAY_AUTH_TOKEN" in os.environ:
-        return
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
 
 
 def _check_resources(layout: Layout, address: str | None) -> None:

@@ -21,6 +21,7 @@ def consolidated(module: nn.Module, dtype: torch.dtype, ranks: Ranks, zero_stage
     named = [(name.removeprefix("lm."), p) for name, p in module.named_parameters()]
     for _, layer in groupby(named, key=lambda item: _layer_of(item[0])):
         members = list(layer)
+        ranks.way.at("gathering the policy")
         with deepspeed.zero.GatheredParameters([p for _, p in members], enabled=zero_stage == 3):
             whole = [(name, p.detach().to("cpu", dtype, copy=True)) for name, p in members if ranks.first]
         yield from whole

@@ -7,6 +7,7 @@ threads of one process would only compete for its cores.
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import ray
 import torch
 
 from actors.process import assignment, redirect_output
+from actors.stacks import Place, here
 from sppo_ray.config import Config
 from sppo_ray.errors import JudgeError
 from sppo_ray.layout import Assignment
@@ -63,9 +65,9 @@ class JudgeWorker:
         """Float32 [K, K] logits of any texts, for evaluation; `source` as judge.source asks for."""
         return self._pairrm.logits(source, candidates)
 
-    async def ping(self) -> str:
-        """The worker's name, once it serves."""
-        return self.name
+    async def ping(self) -> Place:
+        """Where its process is, once it serves."""
+        return here()
 
     async def where(self) -> Assignment:
         """The node and GPUs this worker was given."""
@@ -73,4 +75,4 @@ class JudgeWorker:
 
     async def stats(self) -> dict[str, Any]:
         """Counts since this process started, and the device."""
-        return {"name": self.name, "device": self._device, "groups": self._groups}
+        return {"name": self.name, "pid": os.getpid(), "device": self._device, "groups": self._groups}

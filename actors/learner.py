@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import tempfile
+import math
+import os
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from actors.process import assignment, environment, redirect_output
+from actors.rank_pulse import Member, Watchman, start_pulse
 from actors.workers import failure
 from sppo_ray.config import Config
-from sppo_ray.errors import LearnerError, SppoError, WorkerFailed
+from sppo_ray.errors import LearnerError, SppoError, WorkerDied, WorkerFailed
 from sppo_ray.layout import Assignment, Layout
+from sppo_ray.rank_watch import Place
+from sppo_ray.storage import Storage, StorageError
 from sppo_ray.types import (
     Publication,
     PublishTask,
     ReferenceTask,
-    ResumePoint,
     SaveTask,
     StopTask,
     TrainedIteration,
@@ -36,7 +39,8 @@ from sppo_ray.types import (
 )
 
 NAME = "learner"
-PROGRESS = "progress.json"
+# Collectives give up by themselves so much later than the watchman, who names the rank: if he himself is gone.
+COLLECTIVE_GRACE_S = 60
 
 
 def learner_loop(settings: dict[str, Any]) -> None:
@@ -46,7 +50,7 @@ def learner_loop(settings: dict[str, Any]) -> None:
     """
     try:
         _loop(**settings)
-    except LearnerError as error:
+    except (LearnerError, StorageError) as error:
         if ray.train.get_context().get_world_rank() == 0:
             ray.get(settings["buffer"].give_up.remote(f"{NAME}-0: {error}"))
     except Exception as error:
@@ -54,53 +58,63 @@ def learner_loop(settings: dict[str, Any]) -> None:
         raise
 
 
-def _loop(config: Config, buffer: Any, hub: Any, takes_turns: bool) -> None:
+def _loop(config: Config, buffer: Any, hub: Any, watcher: Any, takes_turns: bool) -> None:
     """Rank 0 alone talks to the buffer and the hub (actor handles); all ranks do what it is told, in step."""
     # Imported here, in the worker: deepspeed and torch must see the worker's environment.
+    from actors.checkpoint import Checkpoints
     from actors.policy_folder import local_folder
     from actors.ranks import Ranks
     from actors.trainer_engine import TrainingEngine
 
     redirect_output(config.run.dir, f"{NAME}-{ray.train.get_context().get_world_rank()}")
     ranks = Ranks.join()
+    start_pulse(ranks, watcher, config.learner.timeout_s)
+    ranks.way.at("waiting for the buffer", limited=False)
     start = ranks.broadcast(ray.get(buffer.resume_point.remote()) if ranks.first else None)
     source = local_folder(start.policy_dir)
+    ranks.way.at("loading the policy", start.step)
     engine = TrainingEngine(config, source, ranks, takes_turns)
-    step = _resume_within_iteration(engine, start)
-    outlet = _Outlet(config, buffer, hub, ranks, engine, source)
+    hear = partial(buffer.report_trouble.remote, f"{NAME}-{ranks.rank}")
+    storage = Storage(config.run.storage_patience_s, hear)
+    checkpoints = Checkpoints(config, ranks, engine.state, storage)
+    step = checkpoints.resume(start)
+    outlet = _Outlet(config, buffer, hub, ranks, engine, source, storage)
     engine.offload()
     placed = ranks.gather(assignment("learner", f"{NAME}-{ranks.rank}"))
     if ranks.first:
         ray.get(buffer.learner_ready.remote(placed))
 
     while True:
+        ranks.way.at("waiting for the buffer", step, limited=False)
         task = ranks.broadcast(ray.get(buffer.next_task.remote(step)) if ranks.first else None)
+        ranks.way.at(f"beginning its {type(task).__name__}")
         match task:
             case ReferenceTask(iteration, examples):
                 engine.reload()
                 logps = engine.reference(examples)
+                ranks.way.at("recording the reference", limited=False)
                 if ranks.first:
                     ray.get(buffer.record_reference.remote(iteration, logps))
             case TrainTask():
                 engine.reload()
                 metrics = engine.step(task)
                 step += 1
+                ranks.way.at("recording the step", step, limited=False)
                 if ranks.first:
                     ray.get(buffer.record_step.remote(metrics))
+                every = config.learner.checkpoint_every
                 # Counted like publishes, from the iteration's beginning: a checkpoint is of weights that were published.
-                if (
-                    config.learner.checkpoint_every
-                    and (task.step_in_iteration + 1) % config.learner.checkpoint_every == 0
-                ):
-                    _report(engine, step, within_iteration=True)
+                if every and (task.step_in_iteration + 1) % every == 0:
+                    checkpoints.save(task)
             case PublishTask():
                 engine.reload()
                 outlet.publish(task)
             case SaveTask():
                 engine.reload()
                 outlet.save(task)
-                _report(engine, step, within_iteration=False)
+                checkpoints.iteration_ended()
             case StopTask():
+                ranks.way.at("the end", limited=False)
                 return
 
 
@@ -114,6 +128,7 @@ class _Outlet:
     ranks: Any
     engine: Any
     source: str  # folder the policy was started from
+    storage: Storage
 
     def publish(self, task: PublishTask) -> None:
         """In the middle of a slice: the weights to the hub, and word of it to the buffer."""
@@ -121,8 +136,9 @@ class _Outlet:
 
         probe = self.engine.probe(task.probe)
         started, tensors = time.perf_counter(), self.engine.consolidated_state()
-        checksum = publish(self.config, self.hub, self.ranks, task.version, tensors, self.source)
+        checksum = publish(self.config, self.hub, self.ranks, task.version, tensors, self.source, self.storage)
         seconds = time.perf_counter() - started
+        self.ranks.way.at("recording the publish", limited=False)
         if self.ranks.first:
             publication = Publication(task.version, task.step, task.iteration, False, checksum, seconds, probe)
             ray.get(self.buffer.published.remote(publication))
@@ -137,7 +153,7 @@ class _Outlet:
         folder = Path(self.config.run.dir) / f"iter_{task.iteration}" / "policy"
         tensors, checksum, seconds = self.engine.consolidated_state(), "", 0.0
         if self.ranks.first:
-            write_policy(folder, self.source, self.config.policy.dtype, tensors)
+            write_policy(folder, self.source, self.config.policy.dtype, tensors, self.storage)
             started = time.perf_counter()
             checksum = publish_folder(self.config, self.hub, folder, task.version)
             seconds = time.perf_counter() - started
@@ -146,57 +162,44 @@ class _Outlet:
                 pass
         self.engine.offload()
         self.ranks.barrier()  # every rank has left its GPU before the rollouts are told to wake up
+        self.ranks.way.at("recording the publish", limited=False)
         if self.ranks.first:
             trained = TrainedIteration(task.iteration, task.version, task.step, checksum, str(folder))
             publication = Publication(task.version, task.step, task.iteration, True, checksum, seconds, probe)
             ray.get(self.buffer.saved.remote(trained, publication))
 
 
-def _resume_within_iteration(engine: Any, start: ResumePoint) -> int:
-    """The step to go on from: that of Ray Train's newest checkpoint if beyond the last iteration's end, and usable."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return start.step
-    with checkpoint.as_directory() as folder:
-        progress = json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8"))
-        # DeepSpeed's state is of so many ranks at one stage; for others the iteration starts again from its beginning.
-        beyond = start.up_to is not None and progress["step"] > start.up_to
-        if progress["step"] <= start.step or beyond or progress["state_of"] != engine.state_kind:
-            return start.step
-        engine.load_checkpoint(Path(folder))
-    return int(progress["step"])
-
-
-def _report(engine: Any, step: int, within_iteration: bool) -> None:
-    """Hand Ray Train a checkpoint, all ranks together. Only within an iteration does it hold DeepSpeed's state: at an
-    iteration's end the policy folder is the checkpoint, and this one lets Ray Train drop the one before."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        progress = {"step": step, "state_of": engine.state_kind if within_iteration else None}
-        (folder / PROGRESS).write_text(json.dumps(progress))
-        if within_iteration:
-            engine.save_checkpoint(folder)
-        ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(temporary))
-
-
 class LearnerActor:
-    """Holds the Ray Train run, so that the learner has a name and a log of its own beside its ranks."""
+    """Holds the Ray Train run, so that the learner has a name and a log of its own beside its ranks, over which it watches.
+    Async actor."""
 
     def __init__(self, config: Config, layout: Layout, buffer: Any, hub: Any) -> None:
         """buffer, hub: actor handles."""
         redirect_output(config.run.dir, NAME)
         self._ranks = f"{layout.learner.workers} ranks on {'gpu' if layout.learner.gpus else 'cpu'}"
-        self._trainer = _trainer(config, layout, buffer, hub)
+        self._watchman = Watchman(config.learner.timeout_s, config.run.dir)
+        # Ray Train ends ranks that do not answer, but names none: not before the watchman has.
+        os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.learner.timeout_s + COLLECTIVE_GRACE_S)
+        watcher = ray.get_runtime_context().current_actor
+        self._trainer = _trainer(config, layout, {"buffer": buffer, "hub": hub, "watcher": watcher})
 
     def __repr__(self) -> str:
         return f"LearnerActor({NAME}, {self._ranks})"
 
-    def fit(self) -> None:
-        """Returns at the StopTask. Raises WorkerFailed with the failing rank's own error."""
+    async def beat(self, member: Member, place: Place) -> None:
+        """A rank's sign of life."""
+        self._watchman.heard(member, place)
+
+    async def fit(self) -> None:
+        """Returns at the StopTask. Raises WorkerDied with the failing rank's own error, or the names of those that hung."""
+        watching = asyncio.create_task(self._watchman.watch())
         try:
-            self._trainer.fit()
+            await asyncio.to_thread(self._trainer.fit)
         except (TrainingFailedError, RayError) as error:
-            raise WorkerFailed(describe_failure(error)) from None
+            found = self._watchman.said, describe_failure(error)
+            raise WorkerDied("\n".join(filter(None, found))) from None
+        finally:
+            watching.cancel()
 
 
 class LearnerProcess:
@@ -257,19 +260,19 @@ def _result(reference: Any, timeout_s: float | None = None) -> Any:
         raise failure(NAME, error) from error
 
 
-def _trainer(config: Config, layout: Layout, buffer: Any, hub: Any) -> TorchTrainer:
+def _trainer(config: Config, layout: Layout, handles: dict[str, Any]) -> TorchTrainer:
     role, gpus = layout.learner, layout.learner.gpus > 0
     resources = {"CPU": role.cpus} | ({"GPU": role.gpus} if gpus else {})
-    settings = {"config": config, "buffer": buffer, "hub": hub, "takes_turns": layout.takes_turns}
+    settings = {"config": config, "takes_turns": layout.takes_turns} | handles
+    collectives_s = math.ceil(config.learner.timeout_s) + COLLECTIVE_GRACE_S
     return TorchTrainer(
         learner_loop,
         train_loop_config=settings,
         scaling_config=ScalingConfig(num_workers=role.workers, use_gpu=gpus, resources_per_worker=resources),
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=collectives_s),
         run_config=RunConfig(
-            name=NAME,
+            name="ray_train",  # its own records; checkpoints are ours, beside them
             storage_path=str(Path(config.run.dir).resolve() / "checkpoints"),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
             # Without the second limit a cluster that can never hold the workers is asked for ever.
             failure_config=FailureConfig(max_failures=config.learner.max_restarts, controller_failure_limit=3),
             worker_runtime_env={"env_vars": environment(gpus, config.cluster.threads)},

@@ -20,18 +20,25 @@ from torch import Tensor
 from actors.policy_folder import read_policy, write_policy
 from actors.ranks import Ranks
 from sppo_ray.config import Config
+from sppo_ray.storage import Storage
 from sppo_ray.weight_chunks import Checksum, pack
 
 KEPT = 4  # folders of the disk channel: a worker may still be reading one of those before the newest
 
 
 def publish(
-    config: Config, hub: Any, ranks: Ranks, version: int, tensors: Iterator[tuple[str, Tensor]], source: str
+    config: Config,
+    hub: Any,
+    ranks: Ranks,
+    version: int,
+    tensors: Iterator[tuple[str, Tensor]],
+    source: str,
+    storage: Storage | None = None,
 ) -> str:
     """Publish `tensors` (TrainingEngine.consolidated_state) as `version`; their checksum on rank 0, "" on the others.
 
     Collective: gathering the tensors is. Beside the model rank 0 holds a layer and a chunk (disk: a shard) of them.
-    source: folder the policy was started from, for the small files of a policy folder.
+    source: folder the policy was started from, for the small files of a policy folder. storage: see `write_policy`.
     Raises WeightSyncError when the hub refuses, and under `nccl` when a rollout worker has not received in time.
     """
     if not ranks.first:
@@ -43,7 +50,7 @@ def publish(
     ray.get(hub.begin.remote(version))
     folder = _new_folder(Path(config.run.dir) / "weights", version)
     checksum = Checksum()
-    write_policy(folder, source, config.policy.dtype, _added(tensors, checksum))
+    write_policy(folder, source, config.policy.dtype, _added(tensors, checksum), storage)
     return _commit_folder(config, hub, version, checksum, folder)
 
 

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from sppo_ray.rank_watch import Place
+
 T = TypeVar("T")
+
+
+class Way:
+    """Where this rank is, for whoever watches over it. All ranks pass the same places in the same order."""
+
+    def __init__(self) -> None:
+        self.place = Place()
+        self.moved = threading.Event()
+
+    def at(self, what: str, step: int | None = None, limited: bool = True) -> None:
+        """From now on this rank is here, in the update after `step` (None: the same). limited: not for as long as it likes."""
+        before = self.place
+        self.place = Place(before.passed + 1, before.step if step is None else step, what, limited)
+        self.moved.set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +39,7 @@ class Ranks:
     rank: int
     world: int
     group: Any
+    way: Way = field(default_factory=Way)
 
     @classmethod
     def join(cls) -> Ranks:

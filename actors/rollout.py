@@ -1,7 +1,7 @@
 """A rollout worker: one vLLM engine in one actor, which samples groups and takes new weights from the hub.
 
-Create with `ray.remote(RolloutWorker).options(max_restarts=…, runtime_env={"env_vars": process.environment(…)}, …)`: Ray
-runs a class with async methods as an async actor. Never set max_task_retries: the pool decides what is tried again.
+Create with `ray.remote(RolloutWorker).options(runtime_env={"env_vars": process.environment(…)}, …)`: Ray runs a class with
+async methods as an async actor. Never set max_restarts or max_task_retries: the pool decides what is started and tried again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from actors.policy_folder import read_policy
 from actors.process import assignment, redirect_output
+from actors.stacks import Place, here
 from actors.weights import Published
 from sppo_ray.config import Config
 from sppo_ray.errors import GroupAborted, SppoError, WeightSyncError
@@ -33,15 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 class RolloutWorker:
-    """Serves `model_path` as `version`, or what the hub has published since: a restarted actor is built from the same
-    arguments as the first one, and must never serve the weights it began with."""
+    """Serves `model_path` as `version`, or what the hub has published since: one that takes the place of a dead one is built
+    from the same arguments, and must never serve the weights that the run began with."""
 
     def __init__(self, name: str, config: Config, model_path: str, version: int, hub: str) -> None:
         redirect_output(config.run.dir, name)
         from actors.engines import start_engine  # vllm: seconds to import, and its log belongs into the redirected file
 
         self.name = name
-        # By name: Ray keeps constructor arguments for restarts, and a handle among them would have to outlive its owner.
         self._hub = ray.get_actor(hub)
         self._config = config
         gpus = ray.get_gpu_ids()
@@ -207,8 +207,8 @@ class RolloutWorker:
             self._exit(error)
 
     def _exit(self, error: BaseException) -> NoReturn:
-        """End this process, so that Ray starts a new one. (`exit_actor` would count as intended: no restart.)"""
-        logger.critical("%s: the engine died; the actor exits and Ray restarts it", self.name, exc_info=error)
+        """End this process, so that the pool starts a new one."""
+        logger.critical("%s: the engine died; the actor exits", self.name, exc_info=error)
         logging.shutdown()
         os._exit(1)
 
@@ -220,10 +220,10 @@ class RolloutWorker:
             self._exit_if_engine_died(error)
             raise
 
-    async def ping(self) -> str:
-        """The worker's name, once it serves: a restarted worker has then caught up with the hub."""
+    async def ping(self) -> Place:
+        """Where its process is, once it serves: one that was started again has then caught up with the hub."""
         await self._catch_up()
-        return self.name
+        return here()
 
     async def where(self) -> Assignment:
         """The node and GPUs this worker was given."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sppo_ray.errors import LearnerError
@@ -22,16 +20,17 @@ class Snapshot:
     """
 
     def __init__(self, engine: Any, dtype: torch.dtype) -> None:
-        """Empty until the first `refresh` or `load`. engine: DeepSpeed's. dtype: the precision policies are published in;
-        the copy is rounded to it, as the weights are that rollouts sample from, and kept in the learner's own."""
+        """Empty until the first `refresh`, or until a checkpoint fills it. engine: DeepSpeed's. dtype: the precision policies
+        are published in; the copy is rounded to it, as the weights are that rollouts sample from, and kept in the
+        learner's own."""
         self._engine = engine
         self._dtype = dtype
-        self._frozen: dict[str, Tensor] = {}
+        self.frozen: dict[str, Tensor] = {}  # this rank's parts by parameter name
 
     def refresh(self) -> None:
         """Copy the live weights."""
-        self._frozen = {}  # first, so that there are never two frozen copies
-        self._frozen = {name: part.to(self._dtype, copy=True).to(part.dtype) for name, part in self._parts().items()}
+        self.frozen = {}  # first, so that there are never two frozen copies
+        self.frozen = {name: part.to(self._dtype, copy=True).to(part.dtype) for name, part in self._parts().items()}
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -40,7 +39,7 @@ class Snapshot:
         Only for passes without gradients: master weights and optimizer state stay the live ones'. Raises LearnerError when
         there is no copy.
         """
-        if not self._frozen:
+        if not self.frozen:
             raise LearnerError(
                 "objective.reference=snapshot, but the checkpoint from which this iteration was resumed holds none: remove "
                 "the run's checkpoints/ to restart the iteration, or set objective.reference to what it was."
@@ -51,27 +50,27 @@ class Snapshot:
         finally:
             self._exchange()
 
-    def save(self, folder: Path, rank: int) -> None:
-        """One file of this rank's parts; none if there is no copy."""
-        if self._frozen:
-            save_file(self._frozen, _file(folder, rank))
-
-    def load(self, folder: Path, rank: int) -> None:
-        """Take up what `save` left, on as many ranks at the same ZeRO stage."""
-        if _file(folder, rank).exists():
-            self._frozen = load_file(_file(folder, rank), device=str(self._engine.device))
+    def blank(self, name: str) -> Tensor:
+        """A frozen part for a checkpoint to fill."""
+        self.frozen[name] = torch.zeros_like(self._part(self._engine.module.get_parameter(name)))
+        return self.frozen[name]
 
     def _exchange(self) -> None:
         for name, live in self._parts().items():
             waiting = live.clone()
-            live.copy_(self._frozen[name])
-            self._frozen[name].copy_(waiting)
+            live.copy_(self.frozen[name])
+            self.frozen[name].copy_(waiting)
 
     def _parts(self) -> dict[str, Tensor]:
         # Under ZeRO-3 gathered weights are copies of ds_tensor, this rank's part. None must stay gathered: it would hold
         # the weights of before an exchange.
         self._engine.empty_partition_cache()
-        return {name: getattr(p, "ds_tensor", p).data for name, p in self._engine.module.named_parameters()}
+        return {name: self._part(p) for name, p in self._engine.module.named_parameters()}
+
+    @staticmethod
+    def _part(parameter: Any) -> Tensor:
+        part: Tensor = getattr(parameter, "ds_tensor", parameter).data
+        return part
 
 
 @contextmanager
@@ -84,7 +83,3 @@ def as_published(engine: Any, dtype: torch.dtype) -> Iterator[None]:
     rounded.refresh()
     with rounded.in_place():
         yield
-
-
-def _file(folder: Path, rank: int) -> Path:
-    return folder / f"snapshot-{rank}.safetensors"

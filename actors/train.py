@@ -6,54 +6,81 @@ import asyncio
 import dataclasses
 import signal
 from collections.abc import Coroutine
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 from rich.console import Console
 
 from actors.build import Running, running
 from actors.cluster import connected
 from actors.fleet import Fleet
+from sppo_ray.attempts import Attempts
 from sppo_ray.config import Config
+from sppo_ray.errors import SppoError
 from sppo_ray.layout import Layout
 from sppo_ray.ledger import Ledger
+from sppo_ray.mirror import Mirror
 from sppo_ray.preflight import Preflight
 from sppo_ray.progress import RunProgress
 from sppo_ray.progress_async import AsyncProgress
+from sppo_ray.recovery import recover
 from sppo_ray.run_dir import claimed, update_manifest
 from sppo_ray.schedules import asynchronous, synchronous
 from sppo_ray.step_plan import StepPlan
 
+LEAVE_LIMIT_S = 60.0
+
 
 def train(config: Config, layout: Layout, checked: Preflight, console: Console) -> None:
     """Run to the end. Raises what stopped it; everything done so far is in the run directory."""
-    with connected(config, layout) as cluster:
-        if cluster.dashboard:
-            console.print(f"Ray dashboard: {cluster.dashboard} (namespace {cluster.namespace})", highlight=False)
-        with claimed(config, {"prompts": dataclasses.asdict(checked.prompts.report)}):
+    attempts = Attempts(Path(config.run.dir), config.cluster.max_restarts, partial(console.print, style="yellow"))
+    facts = {"prompts": dataclasses.asdict(checked.prompts.report)}
+    while attempts.more:
+        with attempts.next(), connected(config, layout) as cluster, claimed(config, facts):
+            if cluster.dashboard:
+                console.print(f"Ray dashboard: {cluster.dashboard} (namespace {cluster.namespace})", highlight=False)
             _run(config, layout, checked, console)
 
 
 def _run(config: Config, layout: Layout, checked: Preflight, console: Console) -> None:
     root = Path(config.run.dir)
+    mirror = Mirror(config, console.print, partial(console.print, style="yellow")) if config.run.mirror else None
     try:
-        asyncio.run(_train(config, layout, checked, console))
+        asyncio.run(_train(config, layout, checked, console, mirror))
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | asyncio.CancelledError)
-        update_manifest(root, status="interrupted" if stopped else "failed")
+        with suppress(OSError):  # of a full disk: what stopped the run is to be read
+            update_manifest(root, status="interrupted" if stopped else "failed")
         raise
     update_manifest(root, status="done", **counts(config))
+    if mirror:
+        asyncio.run(mirror.finish())
 
 
-async def _train(config: Config, layout: Layout, checked: Preflight, console: Console) -> None:
+async def _train(config: Config, layout: Layout, checked: Preflight, console: Console, mirror: Mirror | None) -> None:
     task = asyncio.current_task()
     assert task is not None
     # After ray.init(), which installs a handler of its own: `ray job stop` sends SIGTERM, and the actors end with us.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     with _display(config, checked, console) as progress:
+        await _alone()
+        for found in await asyncio.to_thread(recover, config):
+            progress.alarm(found)
         progress.say("starting the workers")
         async with running(config, layout, checked.prompts.heldout, checked.prompts.slices) as now:
-            await _first_of(_schedule(now, config, checked, progress), *_followers(now, config, progress))
+            await _first_of(_schedule(now, config, checked, progress), *_followers(now, config, progress, mirror))
+
+
+async def _alone() -> None:
+    """Returns when no actor of an earlier driver of this run is left: Ray ends them soon after their driver."""
+    deadline = asyncio.get_running_loop().time() + LEAVE_LIMIT_S
+    while left := ray.util.list_named_actors():
+        if asyncio.get_running_loop().time() > deadline:
+            raise SppoError(f"actors of an earlier driver of this run do not end: {', '.join(sorted(left))}")
+        await asyncio.sleep(0.2)
 
 
 def _display(config: Config, checked: Preflight, console: Console) -> RunProgress:
@@ -75,17 +102,22 @@ async def _schedule(now: Running, config: Config, checked: Preflight, progress: 
         raise group.exceptions[0] from None
 
 
-def _followers(now: Running, config: Config, progress: RunProgress) -> list[Coroutine[Any, Any, None]]:
+def _followers(
+    now: Running, config: Config, progress: RunProgress, mirror: Mirror | None
+) -> list[Coroutine[Any, Any, None]]:
     """What goes on beside the schedule, for as long as it does."""
     followers = [_follow(now, progress)]
+    if mirror:
+        followers.append(mirror.follow())
     if config.schedule.mode == "async":
         followers.append(Fleet(config, now.rollout, now.judge, now.create, now.buffer.record, progress.say).follow())
     return followers
 
 
 async def _follow(now: Running, progress: RunProgress) -> None:
-    """Look after the learner, which works by itself: show its steps, and raise at once if it fails."""
-    shown = None
+    """Look after the learner, which works by itself: show its steps, and raise at once if it fails. And say it when the
+    run waits for its disk."""
+    shown, waits_for = None, ""
     while True:
         await asyncio.sleep(1.0)
         if now.learner:
@@ -94,6 +126,9 @@ async def _follow(now: Running, progress: RunProgress) -> None:
         if line and line["step"] != shown:
             shown = line["step"]
             progress.stepped(line)
+        if (trouble := await now.buffer.trouble()) != waits_for:
+            waits_for = trouble
+            progress.alarm(trouble or "the storage works again; the run goes on")
 
 
 async def _first_of(*coroutines: Coroutine[Any, Any, None]) -> None:

@@ -1,4 +1,4 @@
-"""DeepSpeed around one policy: log-probabilities, optimizer steps, consolidated weights, checkpoints.
+"""DeepSpeed around one policy: log-probabilities, optimizer steps, consolidated weights.
 
 Every method is collective: all ranks call it, with the same arguments.
 """
@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 import deepspeed
@@ -21,9 +20,10 @@ from torch import Tensor
 
 from actors import train_metrics
 from actors.consolidate import consolidated
+from actors.full_state import FullState
 from actors.ranks import Ranks
 from actors.snapshot import Snapshot, as_published
-from actors.trainer_setup import GradNorm, build_optimizer, deepspeed_config, load_policy
+from actors.trainer_setup import GradNorm, build_optimizer, compile_nothing, deepspeed_config, load_policy
 from sppo_ray.batching import PADDING, MicroBatch, Truncation, collate, deal, truncate
 from sppo_ray.config import Config
 from sppo_ray.errors import LearnerError
@@ -32,7 +32,6 @@ from sppo_ray.lr_schedule import learning_rate
 from sppo_ray.reference import behavior_logps, refreshes_snapshot
 from sppo_ray.types import Probe, TrainingExample, TrainTask
 
-CHECKPOINT_TAG = "state"
 T = TypeVar("T")
 
 
@@ -48,6 +47,8 @@ class TrainingEngine:
         if config.cluster.gpus > 0:
             # DeepSpeed takes the device from LOCAL_RANK; Ray Train has already set it from the GPU ids it was granted.
             os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
+        else:
+            compile_nothing()
         module = load_policy(config, policy_dir)
         self.pad_id = module.lm.config.pad_token_id or 0
         self.grad_norm = GradNorm(config.learner.max_grad_norm)
@@ -57,7 +58,10 @@ class TrainingEngine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_config(config, ranks.world)
         )
+        # torch's own, inside DeepSpeed's; at stage 0 in float32 there is no other.
+        self._base_optimizer: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         self.snapshot = Snapshot(self.engine, self.saved_dtype)  # the frozen reference, if one is asked for
+        self.state = FullState(self.engine, self.optimizer, self._base_optimizer, self.snapshot, ranks)
 
     def reference(self, examples: Sequence[TrainingExample]) -> list[tuple[float, ...]]:
         """Log-probabilities (nats) of all examples' responses under the current weights, as truncated for training."""
@@ -101,6 +105,7 @@ class TrainingEngine:
         sums, not_finite = self._backward(examples)
         parts = self.ranks.gather((sums, not_finite))
         self._refuse_not_finite(task, sorted({prompt_id for _, ids in parts for prompt_id in ids}))
+        self.ranks.way.at("optimizer step")
         self.engine.step()
         return {
             "step": task.step + 1,
@@ -150,31 +155,7 @@ class TrainingEngine:
             self.engine.reload_states()
             self._move_optimizer(self.engine.device)
 
-    @property
-    def state_kind(self) -> str:
-        """What a DeepSpeed checkpoint of this engine can be loaded by."""
-        return f"{self.ranks.world} ranks, ZeRO {self.config.learner.zero_stage}"
-
-    def save_checkpoint(self, folder: Path) -> None:
-        """DeepSpeed's state of this rank, weights included, to resume within an iteration on as many ranks; and the frozen
-        reference where one is in use."""
-        self.engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG)
-        self.snapshot.save(folder, self.ranks.rank)
-
-    def load_checkpoint(self, folder: Path) -> None:
-        """Raises LearnerError when the folder holds no such state."""
-        found, _ = self.engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
-        if found is None:
-            raise LearnerError(f"{folder} holds no DeepSpeed state to resume from: remove it to restart the iteration.")
-        self.snapshot.load(folder, self.ranks.rank)
-
     # Inside.
-
-    @property
-    def _base_optimizer(self) -> torch.optim.Optimizer:
-        """torch's own, inside DeepSpeed's; at stage 0 in float32 there is no other."""
-        base: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return base
 
     @property
     def _may_be_stale(self) -> bool:
@@ -219,6 +200,7 @@ class TrainingEngine:
             delta = self._logps(batch, chunks) - reference
             loss, metrics = LOSSES[objective.loss](delta, p_hat, p_pair, objective.eta, objective.target_clip)
             loss = loss * lag_weight(staleness, objective.lag_discount)
+            self.ranks.way.at("backward")
             # DeepSpeed averages gradients over ranks; times `world` that is their sum, and over the real number of
             # examples the mean over the global batch, however it was dealt. Padding rows weigh 0.
             self.engine.backward((loss * weight).sum() * (self.ranks.world / len(examples)))
@@ -251,6 +233,7 @@ class TrainingEngine:
 
     def _forward(self, batch: MicroBatch, chunks: int, per_token: bool) -> Tensor:
         """float32 [R*M], or [R*M, T] per token."""
+        self.ranks.way.at("forward")
         arrays = [self._tensor(a) for a in (batch.input_ids, batch.attention_mask, batch.response_mask)]
         logps: Tensor = self.engine(*arrays, chunks=chunks, per_token=per_token)
         return logps

@@ -7,12 +7,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sppo_ray.config import Config
 from sppo_ray.logprobs import PolicyLogps, switch_off_dropout
+
+
+def compile_nothing() -> None:
+    """Keep DeepSpeed from compiling its C++ extension for sums over shared memory between ranks on CPU: a minute, and a
+    compiler, for what gloo does as well."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def deepspeed_config(config: Config, world: int) -> dict[str, Any]:

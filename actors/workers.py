@@ -1,57 +1,51 @@
-"""The workers of one role as the driver sees them: which of them gets a call, what its death means, how it returns.
+"""The workers of one role as the driver sees them: which of them gets a call, and what the call's failure means.
 
 A call goes to the least loaded worker that is up. Generation and judging are deterministic, so a call lost with its
-worker is simply made again, here or on the restarted worker: the group is the same.
+worker is simply made again, here or on the worker started in its place: the group is the same.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
-from sppo_ray.errors import GroupAborted, WorkerFailed
+from actors.revival import Revival, Worker, WorkerLost, describe, hung, log_of
+from sppo_ray.errors import GroupAborted, GroupLost, WorkerDied, WorkerFailed
 from sppo_ray.protocols import Handle
-
-logger = logging.getLogger(__name__)
+from sppo_ray.types import Prompt, Receipt
 
 ATTEMPTS = 3  # a call that three workers died of is taken for the cause of it
-RESTART_LIMIT_S = 900.0  # for a worker to come back; loading a large model takes minutes
-PATIENCE = 3  # refused pings before a worker is taken for gone: the first may still reach the process that died
-
-
-class Worker:
-    """A worker as the driver sees it."""
-
-    def __init__(self, name: str, handle: ActorHandle) -> None:
-        self.name = name
-        self.handle = handle
-        self.load = 0  # calls in flight
-        self.loading = False  # it takes new weights: calls wait there
-        self.draining = False  # it finishes what it has and gets nothing new
-        self.returning: asyncio.Task[None] | None = None  # while it restarts
-        self.gone: BaseException | None = None  # why it never comes back
-
-    @property
-    def up(self) -> bool:
-        return self.gone is None and self.returning is None and not self.draining
 
 
 class Workers:
-    """Dispatch, failure and return of the workers of one role."""
+    """Dispatch to the workers of one role."""
 
-    def __init__(self, handles: Mapping[str, ActorHandle]) -> None:
+    def __init__(
+        self,
+        handles: Mapping[str, ActorHandle],
+        create: Callable[[str], ActorHandle] | None,
+        rejoin: Callable[[Worker], Awaitable[None]],
+        timeout_s: float,
+        max_restarts: int,
+        run_dir: str,
+    ) -> None:
+        """timeout_s: a worker that has calls and finishes none for so long is taken for hung. The rest as in Revival."""
         if not handles:
             raise ValueError("a pool needs at least one worker")
         self.all = [Worker(name, handle) for name, handle in handles.items()]
+        self.revival = Revival(create, rejoin, max_restarts, run_dir)
+        self._leaving: list[Worker] = []  # no more in `all`, but with calls
+        self._timeout_s = timeout_s
+        self._watch: asyncio.Task[None] | None = None
 
     async def call(self, method: str, *args: Any) -> Any:
-        """Result of a call on some worker. Raises WorkerFailed, which begins with the worker's name; GroupAborted as it is."""
-        return await self._attempt(lambda bound: bound.remote(*args), method)
+        """Result of a call on some worker. Raises WorkerFailed, which begins with the worker's name; GroupAborted as it is;
+        GroupLost when an argument was lost with its node."""
+        return await self._attempt(lambda bound: bound.remote(*args), method, args)
 
     async def call_for_receipt(self, method: str, *args: Any) -> Handle:
         """For methods that return (data, receipt): the reference of the first, the second itself."""
@@ -60,30 +54,39 @@ class Workers:
             data, receipt = bound.options(num_returns=2).remote(*args)
             return Handle(data, await receipt)
 
-        return await self._attempt(submit, method)  # type: ignore[no-any-return]
+        return await self._attempt(submit, method, args)  # type: ignore[no-any-return]
 
-    async def _attempt(self, submit: Any, method: str) -> Any:
-        for attempt in range(1, ATTEMPTS + 1):
+    async def _attempt(self, submit: Any, method: str, args: tuple[Any, ...]) -> Any:
+        self._watch_over()
+        first: tuple[str, BaseException] | None = None  # the worker that was lost first, and why
+        for _ in range(ATTEMPTS):
             worker = await self._least_loaded()
-            worker.load += 1
+            handle = worker.handle
             try:
-                return await submit(getattr(worker.handle, method))
+                with worker.at_work():
+                    result = await submit(getattr(handle, method))
             except RayTaskError as error:  # first: one that carries a dead actor's error is not this worker's death
                 if isinstance(error.cause, GroupAborted):
                     raise error.cause from None  # nothing failed: the group is to be sampled again
+                if isinstance(error.cause, ObjectLostError):
+                    raise _lost_group(method, args, error.cause) from error
                 raise failure(worker.name, error) from error
             except RayActorError as error:
-                self.lost(worker, error)
-                if attempt == ATTEMPTS:
-                    raise WorkerFailed(
-                        f"{worker.name}: the actor died in {method}, attempt {ATTEMPTS} of {ATTEMPTS} ({error}). "
-                        f"Its log is logs/{worker.name}.log in the run directory."
-                    ) from error
+                self.revival.lost(worker, handle, error)
+                first = first or (worker.name, worker.cause or error)
+            except ObjectLostError as error:
+                raise _lost_group(method, args, error) from error
             except RayError as error:
                 raise failure(worker.name, error) from error
-            finally:
-                worker.load -= 1
-        raise AssertionError("unreachable")
+            else:
+                worker.finished()
+                return result
+        assert first is not None
+        name, cause = first
+        raise WorkerFailed(
+            f"{name}: the actor died in {method}{_of_prompt(args)}, and so did those that it was given to next: attempt "
+            f"{ATTEMPTS} of {ATTEMPTS}. First cause: {describe(cause)}. {log_of(name)}"
+        ) from cause
 
     async def _least_loaded(self) -> Worker:
         while True:
@@ -91,43 +94,22 @@ class Workers:
             if ready:
                 # One that takes new weights runs empty and would attract every new call, which could only wait there.
                 return min(ready, key=lambda worker: (worker.loading, worker.load))
+            self.refuse_if_all_gone()
             returning = [worker.returning for worker in self.all if worker.returning is not None]
-            if not returning:
-                worker = self.all[0]
-                raise WorkerFailed(
-                    f"{worker.name}: the actor is dead and is not restarted, and no other worker is left ({worker.gone})"
-                ) from worker.gone
             await asyncio.wait(returning, return_when=asyncio.FIRST_COMPLETED)
 
-    def lost(self, worker: Worker, error: BaseException) -> None:
-        """Take a worker out until it answers again."""
-        if worker.up:
-            logger.warning("%s is lost (%s); waiting for its restart", worker.name, str(error).splitlines()[0])
-            worker.returning = asyncio.create_task(self._until_it_returns(worker))
+    def refuse_if_all_gone(self) -> None:
+        """Raises WorkerFailed with the cause of the one that went first."""
+        if (first := self.revival.first_gone) is not None and all(worker.gone for worker in self.all):
+            raise WorkerFailed(f"{first} No other worker is left.") from first
 
-    async def _until_it_returns(self, worker: Worker) -> None:
-        """Ping until it serves (a rollout worker has then caught up with the hub) or is known to be gone."""
-        deadline = asyncio.get_running_loop().time() + RESTART_LIMIT_S
-        refused = 0
-        try:
-            while True:
-                try:
-                    await worker.handle.ping.remote()
-                    logger.warning("%s is back", worker.name)
-                    return
-                except ActorUnavailableError as error:
-                    last: RayError = error
-                except ActorDiedError as error:
-                    last, refused = error, refused + 1
-                except RayError as error:
-                    last, refused = error, PATIENCE  # it answers, but cannot serve
-                if refused >= PATIENCE or asyncio.get_running_loop().time() > deadline:
-                    worker.gone = last
-                    logger.error("%s does not come back: %s", worker.name, last)
-                    return
-                await asyncio.sleep(0.5)
-        finally:
-            worker.returning = None
+    def _watch_over(self) -> None:
+        """Look for workers that hang, from the first call on: it needs the event loop. Raises what ended it, if it has ended."""
+        if self._watch is None:
+            looking = self.revival.look_for_hung(lambda: [*self.all, *self._leaving], self._timeout_s)
+            self._watch = asyncio.create_task(looking)
+        elif self._watch.done():
+            self._watch.result()
 
     def retire(self, name: str) -> Worker:
         """Take a worker out for good: it gets no new calls. Raises ValueError for the last one."""
@@ -135,46 +117,85 @@ class Workers:
             raise ValueError(f"{name} is the last worker of its role")
         (worker,) = (worker for worker in self.all if worker.name == name)
         self.all.remove(worker)
-        worker.draining = True
+        self._leaving.append(worker)
+        worker.member = False
         if worker.returning is not None:
             worker.returning.cancel()  # nobody waits for it any more
         return worker
 
+    def left(self, worker: Worker) -> None:
+        """A retired worker has no calls any more."""
+        self._leaving.remove(worker)
+
+    async def started(self, worker: Worker) -> None:
+        """Returns when it serves. Raises WorkerFailed if it cannot start."""
+        worker.place = await self.on(worker, "ping")
+
     async def on_each(self, method: str, *args: Any) -> dict[str, Any]:
-        """The method's result on every worker, by name. Raises WorkerFailed."""
-        workers = list(self.all)  # they may come and go meanwhile
-        results = await asyncio.gather(*(self.on(worker, method, *args) for worker in workers))
-        return dict(zip((worker.name for worker in workers), results, strict=True))
+        """The method's result on every worker, by name; those that are gone are left out. Raises WorkerFailed."""
+        workers = [worker for worker in self.all if worker.gone is None]  # they may come and go meanwhile
+        results = await asyncio.gather(*(self.on(worker, method, *args) for worker in workers), return_exceptions=True)
+        answers = {}
+        for worker, result in zip(workers, results, strict=True):
+            if not isinstance(result, BaseException):
+                answers[worker.name] = result
+            elif worker.gone is None and worker.member:
+                raise result
+        self.refuse_if_all_gone()
+        return answers
 
     async def on(self, worker: Worker, method: str, *args: Any) -> Any:
-        """A call on this very worker; tried once more after its restart."""
+        """A call on this very worker; once more after its restart. Raises WorkerFailed."""
         for last_try in (False, True):
             if worker.returning is not None:
                 await asyncio.wait([worker.returning])
             if worker.gone is not None:
-                raise failure(worker.name, worker.gone) from worker.gone
-            worker.load += 1
+                raise WorkerFailed(str(worker.gone)) from worker.gone
             try:
-                return await getattr(worker.handle, method).remote(*args)
-            except RayTaskError as error:
-                raise failure(worker.name, error) from error
-            except RayActorError as error:
-                self.lost(worker, error)
+                return await self.once(worker, method, *args)
+            except WorkerLost:
                 if last_try:
-                    raise failure(worker.name, error) from error
-            except RayError as error:
-                raise failure(worker.name, error) from error
-            finally:
-                worker.load -= 1
+                    raise
         raise AssertionError("unreachable")
+
+    async def once(self, worker: Worker, method: str, *args: Any, limit_s: float | None = None) -> Any:
+        """A call on this very worker. Raises WorkerFailed; WorkerLost when it died, or did not answer in limit_s and is taken
+        for hung."""
+        handle = worker.handle
+        worker.load += 1
+        try:
+            async with asyncio.timeout(limit_s):
+                return await getattr(handle, method).remote(*args)
+        except RayTaskError as error:
+            raise failure(worker.name, error) from error
+        except RayActorError as error:
+            cause: BaseException = error
+        except RayError as error:
+            raise failure(worker.name, error) from error
+        except TimeoutError:
+            cause = hung(worker, method, limit_s or 0.0)
+        finally:
+            worker.load -= 1
+        self.revival.lost(worker, handle, cause)
+        raise WorkerLost(f"{worker.name}: {describe(cause).removeprefix(f'{worker.name}: ')}") from cause
+
+
+def _of_prompt(args: tuple[Any, ...]) -> str:
+    return next((f" of prompt {arg.prompt_id!r}" for arg in args if isinstance(arg, Prompt | Receipt)), "")
+
+
+def _lost_group(method: str, args: tuple[Any, ...], error: ObjectLostError) -> GroupLost:
+    return GroupLost(f"the group{_of_prompt(args)} was lost before {method}: {describe(error)}")
 
 
 def failure(name: str, error: BaseException) -> WorkerFailed:
-    """What the user reads: the actor's name, then its own error, then (as a note) the traceback inside the actor."""
+    """What the user reads: the actor's name, then its own error, then (as a note) the traceback inside the actor. WorkerDied
+    if it has no process any more."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     text = str(cause).strip()
     text = text.removeprefix(f"{name}:").strip()  # errors of rollout workers begin with their name already
-    failed = WorkerFailed(f"{name}: {type(cause).__name__}: {text}")
+    kind = WorkerDied if isinstance(cause, RayActorError) else WorkerFailed
+    failed = kind(f"{name}: {type(cause).__name__}: {text}")
     if isinstance(error, RayTaskError):
         failed.add_note(str(error))
     return failed

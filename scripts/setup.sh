@@ -16,7 +16,6 @@ else
     PYTHON="${PYTHON:-$(command -v python3.11 || command -v python3)}"
     "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
         || { echo "setup: $PYTHON is not Python 3.11 or 3.12; set PYTHON=/path/to/python3.11" >&2; exit 2; }
-    command -v g++ >/dev/null || { echo "setup: no g++ found; DeepSpeed compiles a small CPU extension with it" >&2; exit 2; }
     echo "setup: making .venv with $("$PYTHON" --version) (about 2 minutes, 4 GB)"
     rm -rf .venv
     "$PYTHON" -m venv .venv
@@ -31,5 +30,4 @@ else
     echo "$wanted" > .venv/.installed
     echo "setup: done in $SECONDS s"
 fi
-# Ninja and the console scripts live in the environment; DeepSpeed looks ninja up on PATH.
 export PATH="$PWD/.venv/bin:$PATH"

@@ -7,5 +7,7 @@ if [ $# -eq 0 ]; then
     ruff check .
     ruff format --check .
     mypy
+    # Two processes: most of a test's time is waiting for others to start.
+    exec python -m pytest -n 2 --dist loadgroup
 fi
 exec python -m pytest "$@"

@@ -128,12 +128,13 @@ class AsyncBuffer(TrainingBuffer):
 
     def _may_publish(self, iteration: int) -> bool:
         """The policy that ended the iteration before is evaluated while it is served: nothing newer may replace it, neither
-        at the workers nor in the hub, which a worker that restarts loads from."""
-        return self._evaluated >= iteration - 1
+        at the workers nor in the hub, which a worker that restarts loads from. Without evaluation nobody has to wait."""
+        return self.config.evaluation.prompts is None or self._evaluated >= iteration - 1
 
     def resume_point(self) -> ResumePoint:
         """A checkpoint beyond the last batch that is on disk (its groups were lost) must not be gone on from."""
-        return replace(super().resume_point(), up_to=self.admission.next_step if self._ready_order else None)
+        start = super().resume_point()
+        return replace(start, up_to=self.admission.next_step) if self._ready_order else start
 
     def published(self, publication: Publication) -> None:
         """The hub holds these weights."""

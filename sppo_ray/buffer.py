@@ -114,10 +114,11 @@ class TrainingBuffer:
         self._released = iteration
 
     def resume_point(self) -> ResumePoint:
-        """Where a learner without a newer checkpoint starts."""
-        if self._done is None:
-            return ResumePoint(step=0, policy_dir=self.config.policy.model)
-        return ResumePoint(step=self._done.step, policy_dir=self._done.policy_dir)
+        """Where a learner without a newer checkpoint starts. Checkpoints within an iteration are of no use while its
+        reference is still to be computed: that is by the weights at its beginning."""
+        step, policy = (self._done.step, self._done.policy_dir) if self._done else (0, self.config.policy.model)
+        ready = self._open is not None and (self._open.referenced or not self._reference_beforehand)
+        return ResumePoint(step, policy, up_to=None if ready else step)
 
     def next_task(self, step: int) -> LearnerTask | None:
         """The task after `step` updates; None while the slice it needs is not sealed or not released."""

@@ -15,6 +15,7 @@ from sppo_ray.config import Config
 from sppo_ray.errors import LearnerError, SppoError
 from sppo_ray.layout import Assignment
 from sppo_ray.metrics import MetricsLog
+from sppo_ray.storage import StorageError
 from sppo_ray.types import (
     JudgedGroup,
     LearnerTask,
@@ -31,7 +32,11 @@ T = TypeVar("T")
 
 
 class BufferService:
-    """Every method that changes the record returns only when the change is on disk."""
+    """Every method that changes the record returns only when the change is on disk.
+
+    Where the disk refuses, such a method waits in its thread and the others go on answering; when the disk's patience
+    (`run.storage_patience_s`) is at its end, the method raises StorageError and the run ends with it.
+    """
 
     def __init__(
         self,
@@ -45,7 +50,8 @@ class BufferService:
         streams = config.schedule.mode == "async" and slices is not None
         self._async = AsyncBuffer(config, slices or []) if streams else None
         self._buffer = self._async or TrainingBuffer(config)
-        self._metrics = MetricsLog(Path(config.run.dir) / "metrics.jsonl")
+        self._metrics = MetricsLog(Path(config.run.dir) / "metrics.jsonl", self._buffer.ledger.storage)
+        self._troubles: dict[str, str] = {}  # of other processes' storage, by process
         self._waiting: list[tuple[JudgedGroup, asyncio.Future[None]]] = []
         self._flusher: asyncio.Task[None] | None = None
         self._changed = asyncio.Condition()
@@ -68,7 +74,7 @@ class BufferService:
         await asyncio.gather(*acknowledged)
 
     async def seal(self, iteration: int, prompt_ids: Sequence[str]) -> SliceSummary:
-        summary: SliceSummary = await self._in_thread(self._buffer.seal, iteration, prompt_ids)
+        summary: SliceSummary = await self._durably(self._buffer.seal, iteration, prompt_ids)
         await self._notify()
         return summary
 
@@ -108,7 +114,8 @@ class BufferService:
 
     async def serving(self, publication: Publication, figures: Mapping[str, Any]) -> None:
         """Record what is served, and let new groups be sampled from it."""
-        self._metrics.write(
+        await self._durably(
+            self._metrics.write,
             {
                 "event": "publish",
                 "iteration": publication.iteration,
@@ -118,7 +125,7 @@ class BufferService:
                 "learner_seconds": publication.seconds,
                 **self._of_async().resamples,
                 **figures,
-            }
+            },
         )
         self._of_async().serve(publication.version)
         await self._notify()
@@ -143,6 +150,7 @@ class BufferService:
         """Waits until there is something to do after `step` updates."""
         task: LearnerTask = await self._when(lambda: self._task(step), even_if_given_up=True)
         if isinstance(task, TrainTask):
+            await self._durably(self._buffer.ledger.settle_batches)
             await self._notify()  # a batch was cut: the iteration may be complete
         return task
 
@@ -164,11 +172,11 @@ class BufferService:
         await self._notify()
 
     async def record_reference(self, iteration: int, logps: Sequence[tuple[float, ...]]) -> None:
-        await self._in_thread(self._buffer.record_reference, iteration, logps)
+        await self._durably(self._buffer.record_reference, iteration, logps)
         await self._notify()
 
     async def record_step(self, metrics: Mapping[str, Any]) -> None:
-        self._metrics.write(metrics)
+        await self._durably(self._metrics.write, metrics)
         self._step_line = metrics
 
     async def published(self, publication: Publication) -> None:
@@ -178,7 +186,7 @@ class BufferService:
 
     async def saved(self, trained: TrainedIteration, publication: Publication) -> None:
         """The hub holds the weights that end an iteration, and its policy is saved."""
-        await self._in_thread(self._buffer.saved, trained)
+        await self._durably(self._buffer.saved, trained)
         if self._async:
             self._async.published(publication)
         await self._notify()
@@ -187,7 +195,7 @@ class BufferService:
 
     async def record(self, line: Mapping[str, Any]) -> bool:
         """Append a line to metrics.jsonl; False if its event is already there."""
-        return self._metrics.write(line)
+        return await self._durably(self._metrics.write, line)
 
     async def metrics(self) -> list[dict[str, Any]]:
         return self._metrics.lines
@@ -196,7 +204,27 @@ class BufferService:
         """The newest step's line, for the progress display."""
         return self._step_line
 
+    async def trouble(self) -> str:
+        """What the run waits for because a disk refuses it, in words for the user; "" while all is well."""
+        own = self._buffer.ledger.storage.trouble
+        return "; ".join([own] if own else self._troubles.values())
+
+    async def report_trouble(self, process: str, text: str) -> None:
+        """Called by processes that write to the run directory themselves: `Storage.trouble` of theirs."""
+        self._troubles.pop(process, None)
+        if text:
+            self._troubles[process] = f"{process}: {text}"
+
     # Inside.
+
+    async def _durably(self, write: Callable[..., T], *args: Any) -> T:
+        """A write, in a thread. The run ends if the disk does not take it."""
+        try:
+            return await self._in_thread(write, *args)
+        except StorageError as error:
+            self._gave_up = str(error)
+            await self._notify()
+            raise
 
     def _of_async(self) -> AsyncBuffer:
         assert self._async is not None, "schedule.mode is not async"
@@ -220,7 +248,7 @@ class BufferService:
             del self._waiting[: len(batch)]
             try:
                 fresh = self._buffer.fresh([judged for judged, _ in batch])
-                self._buffer.accept(fresh, await self._in_thread(self._buffer.store, fresh))
+                self._buffer.accept(fresh, await self._durably(self._buffer.store, fresh))
             except Exception as error:  # noqa: BLE001 - handed to every waiting caller, which fails the run with it
                 for _, acknowledged in batch:
                     acknowledged.set_exception(error)

@@ -16,6 +16,7 @@ from sppo_ray import __version__
 from sppo_ray.config import Config
 from sppo_ray.config_io import dump_config, load_config
 from sppo_ray.errors import ConfigError, SppoError
+from sppo_ray.secrets import hide
 
 app = typer.Typer(
     name="sppo",
@@ -47,16 +48,21 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Show the versi
 
 @app.command()
 def train(
-    config: ConfigFile,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML config; the shipped ones are in configs/.")
+    ] = None,
     overrides: Overrides = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Go on with the run in this directory, by the config it holds.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show what would run, start nothing.")
     ] = False,
 ) -> None:
-    """Run self-play preference optimization. The same command on the same run.dir goes on where the run stopped."""
+    """Run self-play preference optimization. The same command on the same run.dir goes on where the run stopped; so does
+    --resume RUN_DIR, which needs nothing but that directory."""
     with exit_codes():
-        resolved = load_config(config, overrides or ())
-        _train(resolved, dry_run)
+        _train(_config_of(config, resume, overrides or ()), dry_run)
 
 
 @app.command()
@@ -110,12 +116,29 @@ def scale(
         )
 
 
+def _config_of(config: Path | None, resume: Path | None, overrides: Sequence[str]) -> Config:
+    """Of a new run, or of one that goes on, where a config file given as well is compared with the run's own."""
+    if resume is None:
+        if config is None:
+            raise ConfigError(
+                "no config is given: name one with --config FILE, or a run to go on with by --resume DIR."
+            )
+        return load_config(config, overrides)
+    root = resume.expanduser().resolve()
+    own = root / "config.yaml"
+    if not own.exists():
+        raise ConfigError(f"--resume {resume}: there is no config.yaml in it, so no run was begun there.")
+    return load_config(config or own, [*overrides, f"run.dir={root}"])
+
+
 def _train(config: Config, dry_run: bool) -> None:
     from sppo_ray.layout import compute_layout
+    from sppo_ray.mirror import check_mirror
     from sppo_ray.preflight import preflight
     from sppo_ray.run_dir import check_run_dir, read_manifest
 
     check_run_dir(config)
+    check_mirror(config)
     layout = compute_layout(config)
     _refuse_unfit(config)
     checked = preflight(config)
@@ -179,13 +202,13 @@ def exit_codes() -> Iterator[None]:
         err.print("interrupted; the same command goes on where the run stopped", style="yellow")
         raise typer.Exit(1) from None
     except SppoError as error:
-        err.print(f"failed: {error}", style="red", highlight=False, markup=False)
+        err.print(hide(f"failed: {error}"), style="red", highlight=False, markup=False)
         for note in getattr(error, "__notes__", ()):
-            err.print(note, highlight=False, markup=False)
+            err.print(hide(note), highlight=False, markup=False)
         err.print("the run can be resumed: give the same command again", style="yellow")
         raise typer.Exit(1) from None
 
 
 def _refuse(message: str) -> None:
-    err.print(f"refused: {message}", style="red", highlight=False, markup=False)
+    err.print(hide(f"refused: {message}"), style="red", highlight=False, markup=False)
     raise typer.Exit(2) from None

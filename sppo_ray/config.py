@@ -9,12 +9,16 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sppo_ray.secrets import refuse_secrets
+
 Fidelity = Literal["paper", "reference_code"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class Run(Section):
@@ -22,6 +26,12 @@ class Run(Section):
     """The run directory: everything the run makes is under it. Made absolute when the config is loaded."""
     seed: int = 42
     """Every random choice derives from it: slices, sampling seeds, shuffling, random pairs."""
+    storage_patience_s: float = Field(600.0, ge=0)
+    """A write to the run directory that fails (disk full, file server away) is tried again this long, while the run waits;
+    then the run stops and can be resumed."""
+    mirror: str | None = None
+    """fsspec URL of a folder (s3://, gs://, file://, ...) to which finished files of the run directory are copied while the
+    run goes on; null: none."""
 
 
 class Schedule(Section):
@@ -66,9 +76,9 @@ class Policy(Section):
 
 
 class Rollout(Section):
-    num_workers: int = Field(1, ge=1)
+    num_workers: int = Field(1, ge=1, le=4096)
     """Rollout workers, each a vLLM engine in its own actor."""
-    responses_per_prompt: int = Field(5, ge=2)
+    responses_per_prompt: int = Field(5, ge=2, le=1024)
     """K of the paper."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature."""
@@ -90,12 +100,15 @@ class Rollout(Section):
     """Size of the KV cache in MiB (CPU only)."""
     in_flight: int = Field(128, ge=1)
     """Groups in flight per rollout worker, from the start of sampling until the group is on disk: the back-pressure."""
+    timeout_s: float = Field(1800.0, gt=0)
+    """A worker that has calls and has finished none for so long is taken for hung: its stacks are written to
+    logs/<name>.stacks.txt and it is started again."""
 
 
 class Judge(Section):
     model: str = "llm-blender/PairRM"
     """PairRM: a local folder, llm-blender/PairRM or llm-blender/PairRM-hf."""
-    num_workers: int = Field(1, ge=1)
+    num_workers: int = Field(1, ge=1, le=4096)
     """Judge workers."""
     dtype: Dtype = "float32"
     """Precision of the judge (float32 on CPU)."""
@@ -107,6 +120,9 @@ class Judge(Section):
     """Overrides the checkpoint's source limit (PairRM: 1224)."""
     candidate_max_tokens: int | None = Field(None, ge=8)
     """Overrides the checkpoint's candidate limit (PairRM: 412)."""
+    timeout_s: float = Field(600.0, gt=0)
+    """A worker that has calls and has finished none for so long is taken for hung: its stacks are written to
+    logs/<name>.stacks.txt and it is started again."""
 
 
 class Selection(Section):
@@ -169,8 +185,14 @@ class Learner(Section):
     """Token positions per vocabulary projection: bounds the [tokens x vocabulary] matrix in memory."""
     checkpoint_every: int = Field(0, ge=0)
     """Steps between checkpoints within an iteration; 0: at iteration ends only."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints kept within an iteration; at its end its saved policy takes their place."""
     max_restarts: int = Field(2, ge=0)
-    """Times Ray Train restarts the learner's group after a failure before the run fails."""
+    """Times Ray Train restarts the learner's group after a failure. Then all actors are started again, if there was
+    progress, else the run fails."""
+    timeout_s: float = Field(1800.0, gt=0)
+    """An update, or a wait for the other ranks, that takes longer is taken for hung; the ranks that did not arrive are
+    named, and the group is started again."""
 
 
 class Weights(Section):
@@ -209,8 +231,13 @@ class Cluster(Section):
     """colocated: rollout, learner and judge share each GPU in turns. disaggregated: each has its own. auto: by schedule.mode."""
     address: str | None = None
     """Ray cluster to join; null: the one named by RAY_ADDRESS (set inside a Ray job), else a local one is started."""
+    allow_unauthenticated: bool = False
+    """Join a cluster that anyone on its network may run code on."""
     threads: int = Field(1, ge=1)
     """CPU threads of each worker's torch."""
+    max_restarts: int = Field(3, ge=0)
+    """Times a rollout or judge worker is started again without having finished a call in between. Then it stays away;
+    the run fails with the first error when none is left."""
 
 
 class Evaluation(Section):
@@ -258,4 +285,5 @@ class Config(Section):
         from sppo_ray.config_checks import refuse_contradictions  # which reads this module's types
 
         refuse_contradictions(self)
+        refuse_secrets(self.model_dump(mode="json"))
         return self

@@ -38,6 +38,11 @@ def refuse_contradictions(config: Config) -> None:
         raise ValueError("float16 needs a GPU but cluster.gpus=0: set policy.dtype and judge.dtype to float32.")
     if cluster.gpus == 0 and rollout.engine == "async":
         raise ValueError("rollout.engine=async needs a GPU but cluster.gpus=0: set rollout.engine=auto.")
+    if config.run.storage_patience_s >= learner.timeout_s:
+        raise ValueError(
+            f"run.storage_patience_s={config.run.storage_patience_s:g} is not below learner.timeout_s={learner.timeout_s:g}: "
+            "a learner that waits for its disk would be taken for hung; lower the first or raise the second."
+        )
     if learner.num_workers > learner.batch_size:
         raise ValueError(
             f"learner.num_workers={learner.num_workers} exceeds learner.batch_size={learner.batch_size}: "

@@ -25,5 +25,13 @@ class WorkerFailed(SppoError):
     """An actor died or raised; the message begins with the actor's name and its own error."""
 
 
+class WorkerDied(WorkerFailed):
+    """An actor's process ended. What it was asked for may well work when the run's actors are started again."""
+
+
 class GroupAborted(SppoError):
     """A publish ended a group half-way (`weights.pause=abort`); it is to be sampled again."""
+
+
+class GroupLost(SppoError):
+    """A group's data died with the node that held it; it is to be sampled again: the same seeds give the same group."""

@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 
 from sppo_ray.atomic import whole_file
 from sppo_ray.config import Config
+from sppo_ray.errors import SppoError
 from sppo_ray.protocols import Handle, Rollout
+from sppo_ray.schedules.supervision import again_if_lost
 from sppo_ray.seeds import sampling_seeds
 from sppo_ray.types import Prompt, ResponseGroup, Sampling
 
@@ -81,6 +83,7 @@ class HeldOutEvaluator:
         """The responses of policy `iteration`, sampled when it was served."""
         return pq.read_table(self._path(iteration)).to_pylist()
 
+    @again_if_lost
     async def _sample(self, prompt: Prompt, iteration: int) -> dict[str, Any]:
         rollout = self.config.rollout
         # The seed does not depend on the iteration: two policies answer with the same noise, which makes them comparable.
@@ -98,7 +101,7 @@ class HeldOutEvaluator:
         source = "templated" if self.config.judge.source == "templated" else "prompt"
         for mode in MODES:
             logits = await asyncio.gather(
-                *(self.scorer.score(a[source], [a[mode], b[mode]]) for a, b in zip(new, old, strict=True))
+                *(self._score(a["prompt_id"], a[source], [a[mode], b[mode]]) for a, b in zip(new, old, strict=True))
             )
             # A candidate against itself is a tie whatever the judge's bias: L_01 - L_10 is then exactly zero.
             figures[f"judge_win_vs_{name}_{mode}"] = win_share([float(x[0, 1]) - float(x[1, 0]) for x in logits])
@@ -109,6 +112,13 @@ class HeldOutEvaluator:
                 ]
                 figures[f"oracle_win_vs_{name}_{mode}"] = win_share(margins)
         return figures
+
+    async def _score(self, prompt_id: str, source: str, candidates: list[str]) -> np.ndarray:
+        try:
+            return await self.scorer.score(source, candidates)
+        except SppoError as error:
+            error.add_note(f"while the held-out prompt {prompt_id!r} was judged")
+            raise
 
 
 def win_share(margins: Sequence[float]) -> float:

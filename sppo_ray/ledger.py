@@ -1,34 +1,43 @@
 """The durable record of a run: what was generated and judged, what was sealed, what was trained. What is left to do is
-derived from it.
+derived from it. Every write waits out a fault of the storage (`storage.Storage`) and raises StorageError in the end.
 
     iter_<t>/ledger/shard-<n>-<hash>.parquet       judged groups as they came; atomic, the hash is of the file's bytes
     iter_<t>/batches.jsonl                         async: what each batch took, a line per update
     iter_<t>/generated.parquet, train.parquet      the sealed slice, in the order of its prompts (or batches)
-    iter_<t>/sealed.json                           written last: the slice is complete
-    iter_<t>/reference.parquet                     reference log-probabilities of the slice
-    iter_<t>/policy/, trained.json                 the policy it gave; trained.json is written last
+    iter_<t>/sealed.json                           written last: the slice is complete; holds checksums of its tables
+    iter_<t>/reference.parquet                     reference log-probabilities of the slice; its checksum is in sealed.json
+    iter_<t>/policy/, trained.json                 the policy it gave; trained.json is written last, with its checksums
+
+What is damaged there is found by `recovery.recover` before a run goes on.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from sppo_ray.atomic import append_line, read_whole_lines, whole_file, write_json
+from sppo_ray.atomic import LineFile, checksums_of, read_lines, whole_file, write_json
 from sppo_ray.config import Config
 from sppo_ray.errors import SppoError
+from sppo_ray.storage import Storage, StorageError
 from sppo_ray.tables import SealedRow, generated_table, train_table
 from sppo_ray.types import CutBatch, JudgedGroup, SliceSummary, TrainedIteration
 
 log = logging.getLogger(__name__)
+
+SEALED, TRAINED, REFERENCE = "sealed.json", "trained.json", "reference.parquet"
+TABLES, POLICY_FILES = "tables", "policy_files"  # keys in sealed.json and trained.json: checksums by file name
 
 
 class Ledger:
@@ -37,7 +46,12 @@ class Ledger:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.root = Path(config.run.dir)
+        self.storage = Storage(config.run.storage_patience_s)
         self._next_shard: dict[Path, int] = {}
+        self._tables: dict[int, dict[str, str]] = {}  # by iteration: checksums of the tables written, by file name
+        self._batch_files: dict[int, LineFile] = {}
+        self._unwritten: list[CutBatch] = []
+        self._settling = threading.Lock()
 
     def folder(self, iteration: int) -> Path:
         return self.root / f"iter_{iteration}"
@@ -46,14 +60,16 @@ class Ledger:
 
     def append(self, iteration: int, judged: Sequence[JudgedGroup]) -> pa.Table:
         """Write groups as one shard, which is returned; they are durable then."""
+        return self.append_table(iteration, generated_table(judged, self.config.judge.win_rates))
+
+    def append_table(self, iteration: int, table: pa.Table) -> pa.Table:
         folder = self.folder(iteration) / "ledger"
         if folder not in self._next_shard:
             self._next_shard[folder] = 1 + max((int(p.name.split("-")[1]) for p in folder.glob("shard-*")), default=-1)
         number = self._next_shard[folder]
-        table = generated_table(judged, self.config.judge.win_rates)
         content = _serialised(table)
-        with whole_file(folder / f"shard-{number:06d}-{_hash(content)}.parquet") as temporary:
-            temporary.write_bytes(content)
+        path = folder / f"shard-{number:06d}-{_hash(content)}.parquet"
+        self.storage.patiently("judged groups", path, lambda: _write_bytes(path, content))
         self._next_shard[folder] = number + 1
         return table
 
@@ -76,17 +92,44 @@ class Ledger:
     # Batches (async).
 
     def append_batch(self, batch: CutBatch) -> None:
-        """Durable when this returns: a learner that restarts gets the same batch again."""
-        append_line(self._batches_path(batch.iteration), dataclasses.asdict(batch))
+        """On disk when this returns or, if the disk refuses it now, when `settle_batches` does: this does not wait. A batch
+        is handed out after that, so a learner that restarts gets the same one again."""
+        if not self._unwritten:
+            try:
+                return self._batch_file(batch.iteration).append(dataclasses.asdict(batch))
+            except OSError as error:
+                log.warning("batch %d could not be written at once: %s", batch.step, error)
+        self._unwritten.append(batch)
+
+    def settle_batches(self) -> None:
+        """Returns when every batch is on disk."""
+        with self._settling:
+            while self._unwritten:
+                batch = self._unwritten[0]
+                file, line = self._batch_file(batch.iteration), dataclasses.asdict(batch)
+                self.storage.patiently("a batch", file.path, lambda file=file, line=line: file.append(line))  # type: ignore[misc]
+                self._unwritten.pop(0)
 
     def batches(self, iteration: int) -> list[CutBatch]:
-        """In order; a last line that a crash cut off is dropped, here and on disk."""
-        path = self._batches_path(iteration)
-        return [CutBatch.of(line) for line in read_whole_lines(path)] if path.exists() else []
+        """In order, up to the first that is damaged; a last line that a crash cut off is left out."""
+        whole = []
+        for line in read_lines(self._batches_path(iteration)):
+            try:
+                whole.append(CutBatch.of(line))
+            except (KeyError, TypeError, ValueError):
+                log.warning("a batch of iteration %d is damaged: %s", iteration, line)
+                break
+        return whole
 
     def rewrite_batches(self, iteration: int, batches: Sequence[CutBatch]) -> None:
-        with whole_file(self._batches_path(iteration)) as temporary:
-            temporary.write_text("".join(json.dumps(dataclasses.asdict(batch)) + "\n" for batch in batches))
+        path, text = self._batches_path(iteration), "".join(json.dumps(dataclasses.asdict(b)) + "\n" for b in batches)
+        self.storage.patiently("batches", path, lambda: _write_bytes(path, text.encode()))
+        self._batch_files.pop(iteration, None)
+
+    def _batch_file(self, iteration: int) -> LineFile:
+        if iteration not in self._batch_files:
+            self._batch_files[iteration] = LineFile(self._batches_path(iteration))
+        return self._batch_files[iteration]
 
     def _batches_path(self, iteration: int) -> Path:
         return self.folder(iteration) / "batches.jsonl"
@@ -96,6 +139,7 @@ class Ledger:
     def seal(self, iteration: int, rows: Sequence[SealedRow]) -> pa.Table:
         """Write the slice's two tables, a row for each of `rows`, in their order; the shards stay as they are until
         `mark_sealed`. Raises SppoError if a group is missing."""
+        self.settle_batches()
         table = self.read(iteration)
         position = {} if table is None else {key: n for n, key in enumerate(group_keys(table))}
         missing = [row.prompt_id for row in rows if row.key not in position]
@@ -104,18 +148,28 @@ class Ledger:
                 f"iteration {iteration} cannot be sealed: {len(missing)} prompts have no group: {missing[:5]}"
             )
         table = table.take([position[row.key] for row in rows])
-        _write(self.folder(iteration) / "generated.parquet", table)
-        _write(self.folder(iteration) / "train.parquet", train_table(table, self.config, iteration, rows))
+        self.write_table(iteration, "generated.parquet", table)
+        self.write_table(iteration, "train.parquet", train_table(table, self.config, iteration, rows))
         return table
+
+    def write_table(self, iteration: int, name: str, table: pa.Table) -> str:
+        """Returns the file's checksum."""
+        path = self.folder(iteration) / name
+        checksum = self.storage.patiently("a table", path, lambda: _write_table(path, table))
+        self._tables.setdefault(iteration, {})[name] = checksum
+        return checksum
 
     def mark_sealed(self, summary: SliceSummary) -> None:
         """The slice is complete; its shards are no longer needed."""
-        write_json(self.folder(summary.iteration) / "sealed.json", dataclasses.asdict(summary))
-        shutil.rmtree(self.folder(summary.iteration) / "ledger")
+        folder = self.folder(summary.iteration)
+        self.write_record(folder / SEALED, dataclasses.asdict(summary) | {TABLES: self._tables[summary.iteration]})
+        shutil.rmtree(folder / "ledger", ignore_errors=True)  # what stays is cleared when the run goes on
 
     def sealed(self, iteration: int) -> SliceSummary | None:
-        path = self.folder(iteration) / "sealed.json"
-        return SliceSummary(**json.loads(path.read_text())) if path.exists() else None
+        return _read_as(SliceSummary, self.folder(iteration) / SEALED, without=TABLES)
+
+    def write_record(self, path: Path, record: dict[str, Any]) -> None:
+        self.storage.patiently("the record", path, lambda: write_json(path, record))
 
     def generated(self, iteration: int) -> pa.Table:
         return _read(self.folder(iteration) / "generated.parquet")
@@ -123,23 +177,35 @@ class Ledger:
     # Training.
 
     def write_reference(self, iteration: int, prompt_ids: Sequence[str], logps: Sequence[tuple[float, ...]]) -> None:
-        """Reference log-probabilities (nats) of each example's selected responses."""
-        table = pa.table({"prompt_id": list(prompt_ids), "logps": [list(values) for values in logps]})
-        _write(self.folder(iteration) / "reference.parquet", table)
+        """Reference log-probabilities (nats) of each example's selected responses, of a sealed slice."""
+        self.write_table(
+            iteration, REFERENCE, pa.table({"prompt_id": list(prompt_ids), "logps": [list(values) for values in logps]})
+        )
+        path = self.folder(iteration) / SEALED
+        record = read_record(path) or {}
+        record[TABLES] = record.get(TABLES, {}) | self._tables[iteration]
+        self.write_record(path, record)
 
     def reference(self, iteration: int) -> list[tuple[float, ...]] | None:
-        path = self.folder(iteration) / "reference.parquet"
-        return [tuple(v) for v in _read(path)["logps"].to_pylist()] if path.exists() else None
+        """None too for one whose writing was not finished."""
+        path, record = self.folder(iteration) / REFERENCE, read_record(self.folder(iteration) / SEALED) or {}
+        if not path.exists() or REFERENCE not in record.get(TABLES, [REFERENCE]):  # before checksums: as it is
+            return None
+        return [tuple(v) for v in _read(path)["logps"].to_pylist()]
 
     def mark_trained(self, trained: TrainedIteration) -> None:
-        write_json(self.folder(trained.iteration) / "trained.json", dataclasses.asdict(trained))
+        folder = self.folder(trained.iteration)
+        record = dataclasses.asdict(trained)
+        path = folder / TRAINED
+        files = self.storage.patiently(
+            "the checksums of the policy into", path, lambda: checksums_of(folder / "policy")
+        )
+        self.write_record(path, record | {POLICY_FILES: files})
 
     def trained(self, iteration: int) -> TrainedIteration | None:
-        path = self.folder(iteration) / "trained.json"
-        if not path.exists():
-            return None
         # The run directory may have moved since.
-        return TrainedIteration(**json.loads(path.read_text()) | {"policy_dir": str(self.folder(iteration) / "policy")})
+        policy_dir = str(self.folder(iteration) / "policy")
+        return _read_as(TrainedIteration, self.folder(iteration) / TRAINED, without=POLICY_FILES, policy_dir=policy_dir)
 
     def last_trained(self) -> TrainedIteration | None:
         """The newest iteration whose policy is saved, if any."""
@@ -149,9 +215,55 @@ class Ledger:
         return last
 
 
-def _write(path: Path, table: pa.Table) -> None:
+def read_record(path: Path) -> Any:
+    """What sealed.json or trained.json holds; None if there is none. Raises StorageError if it is damaged."""
+    try:
+        return json.loads(path.read_bytes()) if path.exists() else None
+    except ValueError as error:
+        raise _damaged(path, error) from None
+
+
+def _read_as(kind: Any, path: Path, without: str, **given: Any) -> Any:
+    record = read_record(path)
+    try:
+        return record and kind(**{key: value for key, value in record.items() if key != without} | given)
+    except (AttributeError, TypeError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> StorageError:
+    return StorageError(
+        f"{path} is damaged ({error}). Put back a whole copy (run.mirror's, if there is one), or delete it: what it records is "
+        "then done again."
+    )
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
     with whole_file(path) as temporary:
-        pq.write_table(table, temporary, write_page_checksum=True)
+        temporary.write_bytes(content)
+
+
+def _write_table(path: Path, table: pa.Table) -> str:
+    """Returns the checksum of the file, of what was meant to be written."""
+    with whole_file(path) as temporary, _Hashed(temporary, "wb") as file:
+        pq.write_table(table, file, write_page_checksum=True)
+        file.close()
+        return file.digest.hexdigest()
+
+
+class _Hashed(io.FileIO):
+    """A file that is hashed on its way to the disk."""
+
+    def __init__(self, path: Path, mode: str) -> None:
+        super().__init__(path, mode)
+        self.digest = xxhash.xxh3_64()
+
+    def write(self, data: Any, /) -> int:
+        rest = content = memoryview(data).cast("B")
+        while rest:  # a disk that is nearly full takes a part
+            rest = rest[super().write(rest) :]
+        self.digest.update(content)
+        return len(content)
 
 
 def _read(path: Path) -> pa.Table:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sppo_ray.errors import ConfigError
+from sppo_ray.given import user_path
 
 # Any one of these sets is a tokenizer.
 TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
@@ -51,6 +52,7 @@ def inspect_policy(model: str, trust_remote_code: bool = False) -> PolicyInfo:
             "Use an instruction-tuned model, or save a chat_template.jinja beside tokenizer_config.json",
         )
     weights = _weight_files(folder, files, model)
+    _refuse_foreign_weights(folder, weights, config, model)
     return PolicyInfo(model, folder, architecture, _context_length(config), _size(config, "vocab_size"), True, weights)
 
 
@@ -60,10 +62,9 @@ def load_tokenizer(policy: PolicyInfo, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(policy.path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        _refuse(
-            policy.model, f"its tokenizer does not load ({error})", "Copy the tokenizer's files again from their origin"
-        )
+    except Exception as error:  # tokenizers raises bare Exceptions, and transformers what a garbled field leads to
+        remedy = "Copy the tokenizer's files again from their origin"
+        raise _refusal(policy.model, f"its tokenizer does not load ({_line(error)})", remedy) from error
 
 
 # ---------------------------------------------------------------- where it is
@@ -71,15 +72,22 @@ def load_tokenizer(policy: PolicyInfo, trust_remote_code: bool = False) -> Any:
 
 def _resolve(model: str) -> tuple[Path, frozenset[str]]:
     """(folder, names of all files at its top), the names of a hub model including those not downloaded."""
-    folder = Path(model).expanduser()
+    folder = user_path(model)
     if folder.is_dir():
-        return folder.resolve(), frozenset(entry.name for entry in folder.iterdir())
+        return folder.resolve(), _names(folder, model)
     if folder.exists():
         _refuse(model, "it is a file, not a folder", "Give the folder that holds config.json, tokenizer and weights")
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         remedy = "Correct policy.model: a folder that exists, or a hub name such as mistralai/Mistral-7B-Instruct-v0.2"
         _refuse(model, "there is no such folder", remedy)
     return _resolve_hub(model)
+
+
+def _names(folder: Path, model: str) -> frozenset[str]:
+    try:
+        return frozenset(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        _refuse(model, f"the folder cannot be read ({error.strerror})", "Check its permissions")
 
 
 def _resolve_hub(name: str) -> tuple[Path, frozenset[str]]:
@@ -123,8 +131,8 @@ def _read_json(folder: Path, name: str, model: str) -> dict[str, Any]:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         _refuse(model, f"it has no {name}", "Give the folder into which the model was saved with save_pretrained")
-    except (OSError, ValueError) as error:
-        _refuse(model, f"its {name} cannot be read ({error})", "Copy the file again from its origin")
+    except (OSError, ValueError, RecursionError) as error:
+        _refuse(model, f"its {name} cannot be read ({_line(error)})", "Copy the file again from its origin")
     if not isinstance(content, dict):
         _refuse(model, f"its {name} does not hold an object", "Copy the file again from its origin")
     return content
@@ -146,7 +154,8 @@ def has_chat_template(folder: Path, model: str = "") -> bool:
 
 
 def _causal_architecture(config: dict[str, Any], model: str) -> str:
-    names = [name for name in config.get("architectures") or [] if isinstance(name, str)]
+    listed = config.get("architectures")
+    names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     causal = next((name for name in names if name.endswith(_CAUSAL)), None)
     if causal is None or config.get("is_encoder_decoder"):
         _refuse(
@@ -163,7 +172,7 @@ def _refuse_foreign_code(config: dict[str, Any], model: str, trusted: bool) -> N
         return
     from transformers import CONFIG_MAPPING
 
-    if config.get("model_type") not in CONFIG_MAPPING:
+    if str(config.get("model_type")) not in CONFIG_MAPPING:
         _refuse(
             model,
             f"its model type {config.get('model_type')!r} is unknown to transformers and needs code from the model "
@@ -185,7 +194,9 @@ def _weight_files(folder: Path, files: frozenset[str], model: str) -> tuple[str,
         _refuse(model, "it has no weights (*.safetensors)", "Copy or download the weights")
     if INDEX in files:
         index = _read_json(folder, INDEX, model).get("weight_map")
-        shards = sorted(set(index.values())) if isinstance(index, dict) else []
+        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+            _refuse(model, f"its {INDEX} does not say which file holds what", "Copy the file again from its origin")
+        shards = sorted(set(index.values()))
         if missing := [name for name in shards if name not in files]:
             _refuse(model, f"{len(missing)} of {len(shards)} shards are missing ({missing[0]})", "Finish the download")
     _open_all((folder / name for name in weights), model)
@@ -206,6 +217,19 @@ def _open_all(paths: Iterable[Path], model: str) -> None:
             _refuse(model, found, "Fetch it again; a cut download and a git-lfs pointer look like this")
 
 
+def _refuse_foreign_weights(folder: Path, weights: Iterable[str], config: dict[str, Any], model: str) -> None:
+    """The embedding's rows are the vocabulary that config.json names, else the engine dies when it loads them."""
+    from safetensors import safe_open
+
+    said = _size(config, "vocab_size")
+    for path in (folder / name for name in weights if said is not None and (folder / name).exists()):
+        with safe_open(path, framework="np") as file:
+            for key in (key for key in file.keys() if key.endswith("embed_tokens.weight")):  # noqa: SIM118
+                if (rows := file.get_slice(key).get_shape()[0]) != said:
+                    found = f"its embedding has {rows} rows but config.json says vocab_size={said}"
+                    _refuse(model, found, "config.json and weights are of different models: copy both from one")
+
+
 def _context_length(config: dict[str, Any]) -> int | None:
     return next((size for key in _CONTEXT_KEYS if (size := _size(config, key)) is not None), None)
 
@@ -217,5 +241,13 @@ def _size(config: dict[str, Any], key: str) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _refuse(model: str, found: str, remedy: str) -> NoReturn:
-    raise NotAPolicy(f"policy.model={model} cannot serve as the policy: {found}. {remedy}.")
+    raise _refusal(model, found, remedy)
+
+
+def _refusal(model: str, found: str, remedy: str) -> NotAPolicy:
+    return NotAPolicy(f"policy.model={model} cannot serve as the policy: {found}. {remedy}.")

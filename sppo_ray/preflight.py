@@ -1,10 +1,12 @@
 """Everything that can refuse a run, before any actor starts, cheap things first. Writes nothing to the run directory.
 
-The order: texts (no tokenizer), files of the policy, files of the judge, tokenizer and chat template, prompt lengths.
+The order: run directory, texts (no tokenizer), files of the policy, files of the judge, tokenizer and chat template,
+prompt lengths, the judge's tokenizer.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from sppo_ray.errors import ConfigError
 from sppo_ray.model_folder import PolicyInfo, inspect_policy, load_tokenizer
 from sppo_ray.pairrm import PairRMInfo, inspect_pairrm
 from sppo_ray.pairrm.checkpoint import check_limits
+from sppo_ray.pairrm.encoding import load_encoder
 from sppo_ray.prompts import PreparedPrompts, RawPrompts, encode_prompts, read_prompts
+from sppo_ray.templating import PromptEncoder, encoder_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,7 @@ class Preflight:
 
 def preflight(config: Config, base_dir: Path | None = None) -> Preflight:
     """Run every check. Raises ConfigError at the first that fails; it names what was given and the remedy."""
+    _refuse_unusable_run_dir(Path(config.run.dir))
     raw = read_prompts(config, base_dir)
     policy = inspect_policy(config.policy.model, config.policy.trust_remote_code)
     context = _context(config, policy)
@@ -38,12 +43,22 @@ def preflight(config: Config, base_dir: Path | None = None) -> Preflight:
     prompts = encode_prompts(config, tokenizer, context, raw)
     _refuse_foreign_tokenizer(prompts, policy)
     _refuse_cut_prompts(config, prompts)
+    prompts.report.cut_for_judge = load_encoder(judge, source, candidate).cut_sources(_judged(config, prompts))
     return Preflight(
         policy=policy,
         judge=judge,
         prompts=prompts,
-        warnings=tuple(_warnings(config, raw, prompts)),
+        warnings=tuple(_warnings(config, raw, prompts, encoder_of(tokenizer))),
     )
+
+
+def _refuse_unusable_run_dir(root: Path) -> None:
+    """What is there of the run directory's path must be a folder that can be written to."""
+    there = next(place for place in (root, *root.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ConfigError(f"run.dir={root} cannot be made: {there} is a file. Name another directory.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"run.dir={root} cannot be made: {there} may not be written to. Name another directory.")
 
 
 def _context(config: Config, policy: PolicyInfo) -> int:
@@ -59,6 +74,12 @@ def _context(config: Config, policy: PolicyInfo) -> int:
             "rollout.max_model_len."
         )
     return asked or own or 0
+
+
+def _judged(config: Config, prompts: PreparedPrompts) -> list[str]:
+    """The prompts as the judge reads them."""
+    every = (prompt for part in [*prompts.slices, prompts.heldout] for prompt in part)
+    return [prompt.templated if config.judge.source == "templated" else prompt.text for prompt in every]
 
 
 def _refuse_foreign_tokenizer(prompts: PreparedPrompts, policy: PolicyInfo) -> None:
@@ -87,7 +108,7 @@ def _refuse_cut_prompts(config: Config, prompts: PreparedPrompts) -> None:
         )
 
 
-def _warnings(config: Config, raw: RawPrompts, prompts: PreparedPrompts) -> list[str]:
+def _warnings(config: Config, raw: RawPrompts, prompts: PreparedPrompts, encoder: PromptEncoder) -> list[str]:
     """Settings that work and are probably not meant."""
     found = []
     smallest, batch = min(map(len, prompts.slices)), config.learner.batch_size
@@ -104,4 +125,9 @@ def _warnings(config: Config, raw: RawPrompts, prompts: PreparedPrompts) -> list
     dropped = raw.report.overlong_dropped + raw.report.overlong_cut
     if dropped * 10 > raw.report.prompts + raw.report.overlong_dropped:
         found.append(f"{dropped} prompts were longer than the context allows (data.overlong={config.data.overlong}).")
+    if raw.report.imitations:
+        found.append(
+            f"{raw.report.imitations} prompts hold {encoder.plain_turn_end!r}, with which the chat template ends the "
+            "user's turn in plain text: the policy cannot tell the two apart."
+        )
     return found

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo_ray.errors import ConfigError
+from sppo_ray.given import user_path
 
 FILE_SUFFIXES = (".jsonl", ".parquet")
 # Names that are plainly files, so that a misspelt path is not looked up on the hub.
@@ -33,7 +34,7 @@ class Row:
 
 def is_file(source: str) -> bool:
     """Whether `source` means a file (there or not) rather than a hub data set."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     return path.exists() or path.suffix in FILE_SUFFIXES + _OTHER_FILES or not _HUB_NAME.fullmatch(source)
 
 
@@ -41,7 +42,7 @@ def read_rows(
     source: str, column: str, id_column: str, split: str | None, base_dir: Path | None = None
 ) -> Iterator[Row]:
     """Rows in file order. Raises ConfigError, at the first row or on the way, naming the source and the line."""
-    if not is_file(source) and not (base_dir is not None and (base_dir / source).exists()):
+    if not is_file(source) and not (base_dir is not None and user_path(base_dir / source).exists()):
         return _hub_rows(source, column, id_column, split)
     path = _find(source, base_dir)
     if split is not None:
@@ -52,9 +53,9 @@ def read_rows(
 
 
 def _find(source: str, base_dir: Path | None) -> Path:
-    path = Path(source).expanduser()
+    path = user_path(source)
     tried = [path] if path.is_absolute() or base_dir is None else [base_dir / path, path]
-    found = next((candidate for candidate in tried if candidate.exists()), None)
+    found = next((candidate for candidate in tried if user_path(candidate).exists()), None)
     if found is None:
         raise ConfigError(
             f"There is no file of prompts at {' or '.join(str(p.absolute()) for p in tried)}: "
@@ -97,17 +98,47 @@ def _parquet_rows(path: Path, column: str, id_column: str) -> Iterator[Row]:
 
     try:
         with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            _require(column, names, str(path))
-            wanted = [name for name in dict.fromkeys((column, id_column)) if name in names]
+            schema = file.schema_arrow
+            _require(column, schema.names, str(path))
+            wanted = [name for name in dict.fromkeys((column, id_column)) if name in schema.names]
+            for name in wanted:
+                _refuse_columns_of_another_kind(path, schema, name, numbers=name != column)
             number = 0
             for batch in file.iter_batches(batch_size=_BATCH, columns=wanted):
-                yield from _column_rows(batch.to_pydict(), column, id_column, number)
+                columns = {name: _values(batch.column(name), f"{path}, {name!r}", number) for name in wanted}
+                yield from _column_rows(columns, column, id_column, number)
                 number += batch.num_rows
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} holds text that is not UTF-8 ({error.reason}): write the file again.") from error
+    except UnicodeDecodeError as error:  # of a column's name
+        raise ConfigError(f"{path} holds a name that is not UTF-8 ({error.reason}): write the file again.") from error
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"{path} cannot be read as parquet ({error}): if it was cut short, copy it again.") from error
+
+
+def _refuse_columns_of_another_kind(path: Path, schema: Any, name: str, numbers: bool) -> None:
+    """Only what becomes Python text (and whole numbers) is read: dates and nested values may fail on the way."""
+    import pyarrow.types as kinds
+
+    if schema.names.count(name) > 1:
+        raise ConfigError(f"{path} has {schema.names.count(name)} columns {name!r}: keep one.")
+    kind = schema.field(name).type
+    plain = kind.value_type if kinds.is_dictionary(kind) else kind
+    text = (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_null)
+    if not any(test(plain) for test in (*text, kinds.is_integer) if numbers or test is not kinds.is_integer):
+        raise ConfigError(
+            f"{path}: {name!r} holds {kind}, not text{' or whole numbers' if numbers else ''}: set "
+            f"{'data.id_column' if numbers else 'data.column'} to another column."
+        )
+
+
+def _values(column: Any, place: str, first: int) -> list[Any]:
+    """A column as Python values. Arrow does not look at the bytes of its text when it reads them."""
+    values = []
+    for number, value in enumerate(column, start=first):
+        try:
+            values.append(value.as_py())
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{place}, row {number} is not UTF-8 ({error.reason}): repair the row.") from error
+    return values
 
 
 def _hub_rows(name: str, column: str, id_column: str, split: str | None) -> Iterator[Row]:

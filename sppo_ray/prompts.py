@@ -7,6 +7,7 @@ Cheap things first: `read_prompts` needs no tokenizer and finds most mistakes in
 from __future__ import annotations
 
 import random
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +17,13 @@ from typing import Any
 
 from sppo_ray.config import Config
 from sppo_ray.errors import ConfigError
+from sppo_ray.given import is_unicode, shown
 from sppo_ray.prompt_sources import Row, read_rows
 from sppo_ray.templating import PromptEncoder, encoder_of
 from sppo_ray.types import Prompt
+
+# C0 and C1 controls but for the white space among them.
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +38,15 @@ class RawPrompt:
 class PromptReport:
     """What became of the rows. Counted up while they are read, so the only record here that is not frozen."""
 
-    empty: int = 0  # white space only: skipped
+    empty: int = 0  # white space only, or nothing that the tokenizer knows: skipped
     duplicates: int = 0  # text seen before in the same source: dropped
     leaked: int = 0  # held-out prompts that are training prompts as well: left out
     overlong_dropped: int = 0  # data.overlong=drop
     overlong_cut: int = 0  # data.overlong=keep_last
+    cut_for_judge: int = 0  # longer than the judge's source limit: whole for the policy, cut for the judge
+    control: int = 0  # hold control characters: kept as they are
+    special_strings: int = 0  # hold a special token's string: kept, the string read as plain text
+    imitations: int = 0  # hold what ends the user's turn where the chat template writes that in plain text: kept
     prompts: int = 0  # in all slices, after everything above
     heldout: int = 0
     longest: int = 0  # tokens of the longest prompt of all
@@ -50,6 +59,10 @@ class PromptReport:
             "held-out left out (also in training)": self.leaked,
             "overlong dropped": self.overlong_dropped,
             "overlong cut to their last tokens": self.overlong_cut,
+            "cut for the judge": self.cut_for_judge,
+            "with control characters (kept)": self.control,
+            "with special tokens' strings (read as plain text)": self.special_strings,
+            "that imitate the chat template's plain text (kept)": self.imitations,
         }
         parts = [f"{self.prompts} prompts", f"{self.heldout} held out", f"longest {self.longest} tokens"]
         return ", ".join(parts + [f"{count} {what}" for what, count in happened.items() if count])
@@ -117,6 +130,7 @@ def load_texts(
                 )
             where_of_id[prompt_id] = row.where
             texts.add(text)
+            report.control += _CONTROL.search(text) is not None
             kept.append(RawPrompt(prompt_id, text))
     return kept
 
@@ -124,10 +138,10 @@ def load_texts(
 def _text_of(row: Row, source: str, column: str) -> str:
     if not isinstance(row.text, str):
         raise ConfigError(
-            f"{source}, {row.where}: {column!r} holds {type(row.text).__name__} ({str(row.text)[:60]!r}), not text: "
+            f"{source}, {row.where}: {column!r} holds {type(row.text).__name__} ({shown(row.text)}), not text: "
             "set data.column to a column of strings, or repair the row."
         )
-    if not _is_unicode(row.text):
+    if not is_unicode(row.text):
         raise ConfigError(f"{source}, {row.where}: {column!r} holds half a surrogate pair, not a character: repair it.")
     return row.text
 
@@ -140,14 +154,9 @@ def _id_of(row: Row, source: str, id_column: str) -> str | None:
         kind = type(row.prompt_id).__name__
         raise ConfigError(f"{source}, {row.where}: the id in {id_column!r} is a {kind}: use text or whole numbers.")
     prompt_id = str(row.prompt_id)
-    if not _is_unicode(prompt_id):
+    if not is_unicode(prompt_id):
         raise ConfigError(f"{source}, {row.where}: the id in {id_column!r} is not valid Unicode: repair it.")
     return prompt_id
-
-
-def _is_unicode(text: str) -> bool:
-    """False for lone surrogates: JSON can spell them, but no tokenizer, file or network can carry them."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def slice_prompts(raw: Sequence[RawPrompt], iterations: int, seed: int) -> list[list[RawPrompt]]:
@@ -166,6 +175,8 @@ def read_prompts(config: Config, base_dir: Path | None = None) -> RawPrompts:
     data, iterations, report = config.data, config.schedule.iterations, PromptReport()
     if data.splits is None:
         raw = load_texts(data.prompts, data.column, data.id_column, None, data.limit, base_dir, report=report)
+        if len(raw) < iterations:
+            raise _too_few(len(raw), config)
         slices = slice_prompts(raw, iterations, config.run.seed)
     else:
         shares = [None if data.limit is None else (data.limit + t) // iterations for t in reversed(range(iterations))]
@@ -182,19 +193,20 @@ def read_prompts(config: Config, base_dir: Path | None = None) -> RawPrompts:
             )
             for split, share in zip(data.splits, shares, strict=True)
         ]
-    _refuse_empty_slices(slices, config, "")
+    _refuse_empty_slices(slices, config)
     return RawPrompts(slices, _read_heldout(config, slices, report, base_dir), report)
 
 
-def _refuse_empty_slices(slices: Sequence[Sequence[Any]], config: Config, why: str) -> None:
-    total = sum(map(len, slices))
-    if all(slices):
-        return
+def _refuse_empty_slices(slices: Sequence[Sequence[Any]], config: Config, why: str = "") -> None:
+    if not all(slices):
+        raise _too_few(sum(map(len, slices)), config, why)
+
+
+def _too_few(total: int, config: Config, why: str = "") -> ConfigError:
     limit = f" (data.limit={config.data.limit})" if config.data.limit else ""
-    raise ConfigError(
-        f"{config.data.prompts} gives {total or 'no'} usable prompts{limit}{why}, but {len(slices)} iterations need "
-        "at least "
-        "one each: use more prompts, or fewer schedule.iterations."
+    return ConfigError(
+        f"{config.data.prompts} gives {total or 'no'} usable prompts{limit}{why}, but {config.schedule.iterations} "
+        "iterations need at least one each: use more prompts, or fewer schedule.iterations."
     )
 
 
@@ -238,7 +250,8 @@ def encode_prompts(config: Config, tokenizer: Any, context_length: int, raw: Raw
         )
     encoder = encoder_of(tokenizer)
     slices = [_encode(part, encoder, room, config, raw.report) for part in raw.slices]
-    _refuse_empty_slices(slices, config, f" after {raw.report.overlong_dropped} overlong ones were dropped")
+    dropped = raw.report.overlong_dropped
+    _refuse_empty_slices(slices, config, f" after {dropped} overlong ones were dropped" if dropped else "")
     heldout = _encode(raw.heldout, encoder, room, config, raw.report)
     prepared = PreparedPrompts(slices, heldout, raw.report)
     raw.report.prompts, raw.report.heldout = prepared.total, len(heldout)
@@ -252,6 +265,11 @@ def _encode(
     prompts = []
     encoded = encoder.encode_all([prompt.text for prompt in raw])
     for prompt, (templated, ids) in zip(raw, encoded, strict=True):
+        if not ids.size:  # a bare template around characters that the tokenizer drops
+            report.empty += 1
+            continue
+        report.special_strings += encoder.holds_special_string(prompt.text)
+        report.imitations += encoder.imitates_turn_end(prompt.text)
         if ids.size > room:
             if config.data.overlong == "refuse":
                 raise _overlong(prompt, ids.size, room, config)

@@ -21,6 +21,7 @@ from sppo_ray.config import Config
 from sppo_ray.config_io import SOURCES, dump_config, flatten, preset_overrides
 from sppo_ray.errors import ConfigError
 from sppo_ray.fingerprint import fingerprint
+from sppo_ray.secrets import hidden
 
 # Keys that change how fast a run goes, or how closely async follows, not what it is about: they may differ when it goes on.
 MAY_CHANGE = (
@@ -28,6 +29,8 @@ MAY_CHANGE = (
     "rollout.kv_cache_mb", "judge.num_workers", "learner.num_workers", "learner.micro_batch_size", "learner.zero_stage",
     "learner.logprob_chunk", "learner.checkpoint_every", "learner.max_restarts", "learner.gradient_checkpointing",
     "schedule.max_staleness", "schedule.max_resamples", "objective.mismatch_groups", "objective.mismatch_alarm",
+    "rollout.timeout_s", "judge.timeout_s", "learner.timeout_s", "learner.keep_checkpoints", "run.storage_patience_s",
+    "run.mirror",
     *SOURCES,  # their content may not: it is compared by fingerprint
 )  # fmt: skip
 SECTIONS_MAY_CHANGE = ("cluster", "weights", "buffer")
@@ -57,13 +60,15 @@ def check_run_dir(config: Config) -> None:
         if any(root.iterdir()):
             raise ConfigError(f"run.dir={root} is not empty and holds no run; name another directory.")
         return
-    changed = _changed_keys(yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8")), config)
+    changed = _changed_keys(_own_config(root), config)
     before, now = read_manifest(root).get("sources", {}), sources(config)
     changed += [f"the content of {key} is not what it was" for key in before if before[key] != now.get(key)]
     if changed:
         raise ConfigError(
             f"run.dir={root} holds a run with another config. Different: {'; '.join(changed)}. "
-            "Name another run.dir, or give these keys their old values to go on with that run."
+            "Name another run.dir, or give these keys their old values to go on with that run. "
+            f"What may change when a run goes on: {', '.join(MAY_CHANGE)}, and all of "
+            f"{', '.join(f'{section}.*' for section in SECTIONS_MAY_CHANGE)} but {', '.join(MUST_STAY)}."
         )
 
 
@@ -101,18 +106,27 @@ def claim(config: Config, facts: dict[str, Any]) -> None:
     }
     if previous := read_manifest(root):
         manifest |= {"started": previous["started"], "resumed": [*previous.get("resumed", []), _now()]}
-    write_json(root / "manifest.json", manifest)
+    write_json(root / "manifest.json", hidden(manifest))
     (root / "scale.json").unlink(missing_ok=True)  # a run that goes on begins with the workers its config says
 
 
 def update_manifest(root: Path, **facts: Any) -> None:
     """Add facts, e.g. status and counts."""
-    write_json(root / "manifest.json", read_manifest(root) | {"updated": _now()} | facts)
+    write_json(root / "manifest.json", hidden(read_manifest(root) | {"updated": _now()} | facts))
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
+    """{} if there is none. Raises ConfigError for one that is damaged."""
     path = root / "manifest.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}): put back a whole copy, or delete it; it only describes the run."
+        ) from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds {type(found).__name__}, no manifest: delete it; it only describes the run.")
+    return found
 
 
 def sources(config: Config) -> dict[str, str]:
@@ -129,6 +143,19 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def _own_config(root: Path) -> dict[str, Any]:
+    path = root / "config.yaml"
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({' '.join(str(error).split())}): put back the config of this run."
+        ) from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds {type(found).__name__}, no config: put back the config of this run.")
     return found
 
 

@@ -7,7 +7,7 @@ structural tokens have secret names: the template's parts use those names, the u
 else (merges across the joints, spaces, normalisation) is the tokenizer's own, so the joints are what they always are.
 
 Strings that are plain text to the tokenizer ("[INST]" in Mistral v1 templates) are left alone: the model reads them as
-text and no tokenisation could tell them from the template's own.
+text and no tokenisation could tell them from the template's own. `imitates_turn_end` finds them, so that they are counted.
 """
 
 from __future__ import annotations
@@ -102,14 +102,12 @@ class PromptEncoder:
 
     def render(self, text: str, answer: str | None = None, open_turn: bool = True) -> str:
         """The chat template's rendering of one user turn (and an assistant turn)."""
-        from jinja2.exceptions import TemplateError
-
         messages = [{"role": "user", "content": text}]
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn))
-        except (TemplateError, TypeError, ValueError) as error:  # a template is a program: it may fail like one
+        except Exception as error:  # a template is a program: it may fail like one
             raise ConfigError(
                 f"The chat template of {_name(self.tokenizer)} does not render a single user turn ({error}): "
                 "repair chat_template in the policy's tokenizer folder."
@@ -162,6 +160,26 @@ class PromptEncoder:
         chat = self.render(_PLACEHOLDER) + self.render(_PLACEHOLDER, answer="a", open_turn=False)
         return frozenset(special | {i for i in self._tokenise([chat])[0] if i in added and added[i].content.strip()})
 
+    def holds_special_string(self, text: str) -> bool:
+        """Whether a text holds the string of a structural token, which is then encoded as plain text."""
+        return self._special_strings.search(text) is not None
+
+    def imitates_turn_end(self, text: str) -> bool:
+        """Whether a text holds what ends the user's turn, where the template writes that in plain text."""
+        return self.plain_turn_end is not None and self.plain_turn_end in text
+
+    @cached_property
+    def plain_turn_end(self) -> str | None:
+        """E.g. "[/INST]" in Mistral v1 and "ASSISTANT:" in Vicuna templates; None where a token ends the user's turn."""
+        suffix = self.skeleton.suffix
+        return None if self._structure(self._tokenise([suffix])[0]) else suffix.strip() or None
+
+    @cached_property
+    def _special_strings(self) -> re.Pattern[str]:
+        added = self.tokenizer.added_tokens_decoder
+        names = [added[i].content for i in self._structural_ids if i in added and added[i].content]
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")  # (?!): never
+
     @cached_property
     def _own_structure(self) -> list[int]:
         return self._structure(self._tokenise([self.render(_PLACEHOLDER)])[0])
@@ -198,9 +216,18 @@ class PromptEncoder:
 
     def _tokenise(self, rendered: list[str]) -> list[list[int]]:
         """Special tokens recognised, none added."""
-        ids: list[list[int]] = self.tokenizer(
-            rendered, add_special_tokens=False, return_attention_mask=False, verbose=False, split_special_tokens=False
-        ).input_ids
+        try:
+            ids: list[list[int]] = self.tokenizer(
+                rendered,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                verbose=False,
+                split_special_tokens=False,
+            ).input_ids
+        except Exception as error:  # tokenizers raises bare Exceptions, e.g. for a vocabulary without its unknown token
+            raise ConfigError(
+                f"The tokenizer {_name(self.tokenizer)} cannot encode the prompts ({error}): repair its files."
+            ) from error
         return ids
 
     def _with_one_bos(self, ids: Sequence[int]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What each schedule and layout gives on 8 GPUs at the rates of a 7B policy, and on many more: the real schedules and buffer
 in virtual time, between fakes that take as long as sppo_ray/simulation/rates.py says. No GPU.
 
-    python scripts/bench/schedule_sim.py [--prompts N] [--publish-every N] [--workers 64 256] [--lengths FILE]
+    python scripts/bench/schedule_sim.py [--prompts N] [--publish-every N] [--workers 64 256 [--slices N N]] [--lengths FILE]
 
 For each mode the best split of the GPUs is searched first. sync-colocated uses all GPUs in turns.
 """
@@ -26,7 +26,6 @@ from sppo_ray.simulation.workload import RESPONSE_TOKENS
 
 STALENESS = (0, 1, 2, 4, 8)
 RECORDED = "  reference: behavior"  # sync-colocated, with the one saving that async takes for itself
-SLICES_AT_SCALE = (20_000, 20_000)  # two iterations as the presets have them
 
 
 def configured(mode: str, gpus: int, options: argparse.Namespace, staleness: int = 2, **learner: Any) -> Config:
@@ -75,29 +74,28 @@ def on_8_gpus(options: argparse.Namespace, quantiles: Sequence[float]) -> Table:
 
 
 def with_workers(rollouts: int, options: argparse.Namespace, quantiles: Sequence[float]) -> Table:
-    """As many 8-GPU nodes as hold so many rollout workers in the best split of one. The batch grows with the learner, the
-    slices do not."""
+    """As many 8-GPU nodes as hold so many rollout workers in the best split of one. The batch grows with them, and so do the
+    slices unless they are given."""
     split = best_split(configured("async", 8, options), quantiles)
     nodes = max(1, rollouts // split[0])
-    at_scale = argparse.Namespace(**vars(options) | {"publish_every": options.publish_every_at_scale})
+    slices = options.slices or [options.prompts * nodes]
     batch = {"batch_size": 64 * nodes}
 
     def scaled(mode: str, of_one: Split, staleness: int = 0) -> Config:
         r, l, j = of_one  # noqa: E741
-        return with_split(configured(mode, 8 * nodes, at_scale, staleness, **batch), (r * nodes, l * nodes, j * nodes))
+        return with_split(configured(mode, 8 * nodes, options, staleness, **batch), (r * nodes, l * nodes, j * nodes))
 
     in_turns = best_split(configured("sync-disaggregated", 8, options), quantiles)
     modes = {
         "sync-colocated": configured("sync-colocated", 8 * nodes, options, **batch),
-        RECORDED: with_recorded_reference(configured("sync-colocated", 8 * nodes, options, **batch)),
         "sync-disaggregated": scaled("sync-disaggregated", in_turns),
     }
-    for bound in (2, 4):
+    for bound in options.staleness:
         modes[f"async, staleness {bound}"] = scaled("async", split, bound)
-    found = {name: simulate(config, SLICES_AT_SCALE, quantiles=quantiles) for name, config in modes.items()}
-    slices = " + ".join(f"{prompts:,}" for prompts in SLICES_AT_SCALE)
-    title = f"{split[0] * nodes} rollout workers, {8 * nodes} GPUs, batch {64 * nodes:,}, slices of {slices} prompts, "
-    return compared(f"{title}publish_every {at_scale.publish_every}", modes, found)
+    found = {name: simulate(config, slices, quantiles=quantiles) for name, config in modes.items()}
+    prompts = " + ".join(f"{count:,}" for count in slices)
+    title = f"{split[0] * nodes} rollout workers, {8 * nodes} GPUs, batch {64 * nodes:,}, {prompts} prompts, "
+    return compared(f"{title}publish_every {options.publish_every}", modes, found)
 
 
 def compared(title: str, modes: dict[str, Config], found: dict[str, Outcome]) -> Table:
@@ -138,7 +136,9 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--workers", type=int, nargs="*", default=[64, 256], help="rollout workers of larger clusters")
-    parser.add_argument("--publish-every-at-scale", type=int, default=2, help="updates, of which a slice has few there")
+    parser.add_argument("--slices", type=int, nargs="+", help="prompts of each iteration there; else --prompts a node")
+    parser.add_argument("--staleness", type=int, nargs="+", default=[2], help="bounds of async there")
+    parser.add_argument("--only-workers", action="store_true", help="leave the 8 GPUs out")
     parser.add_argument(
         "--lengths", type=Path, help="response lengths in tokens, one a line, instead of the built-in ones"
     )
@@ -147,7 +147,8 @@ def main() -> None:
     if options.lengths:
         quantiles = np.quantile(np.loadtxt(options.lengths), np.linspace(0, 1, 101)).tolist()
     console = Console(width=190)
-    console.print(on_8_gpus(options, quantiles))
+    if not options.only_workers:
+        console.print(on_8_gpus(options, quantiles))
     for rollouts in options.workers:
         console.print(with_workers(rollouts, options, quantiles))
 

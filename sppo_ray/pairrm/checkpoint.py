@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from sppo_ray.errors import ConfigError
+from sppo_ray.given import shown, user_path
 
 # Prefix token -> the config key that holds its id. The order is the one in which llm-blender adds them to a tokenizer.
 PREFIX_TOKENS = {
@@ -63,8 +64,8 @@ def inspect_pairrm(path_or_name: str | Path, *, allow_pickle: bool = False, down
     folder = resolve_folder(path_or_name, download=download)
     config = _read_config(folder)
     kind, backbone = _layout(folder, config)
-    source = int(config.get("source_maxlength") or SOURCE_MAX_TOKENS)
-    candidate = int(config.get("candidate_maxlength") or CANDIDATE_MAX_TOKENS)
+    source = _number(folder, config, "source_maxlength") or SOURCE_MAX_TOKENS
+    candidate = _number(folder, config, "candidate_maxlength") or CANDIDATE_MAX_TOKENS
     if kind == "hf":
         check_tokenizer_files(folder)
         _check_prefix_tokens(folder, config)
@@ -83,7 +84,7 @@ def is_hub_name(path_or_name: str | Path) -> bool:
 
 def resolve_folder(path_or_name: str | Path, *, download: bool, backbone: bool = False, pickle: bool = False) -> Path:
     """The local folder of a path or hub name. `backbone`: without weights; `pickle`: pytorch_model.bin as well."""
-    folder = Path(path_or_name).expanduser()
+    folder = user_path(path_or_name)
     if folder.is_dir():
         return folder.resolve()
     if not is_hub_name(path_or_name):
@@ -102,6 +103,11 @@ def resolve_folder(path_or_name: str | Path, *, download: bool, backbone: bool =
         )
 
 
+def base_folder(info: PairRMInfo) -> Path:
+    """Where the backbone's config and the tokenizer lie; fetched if they are on the hub."""
+    return resolve_folder(info.backbone, download=True, backbone=True) if info.backbone else info.folder
+
+
 def check_tokenizer_files(folder: Path) -> None:
     """Raises NotAPairRM unless the folder holds a tokenizer."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -114,7 +120,8 @@ def check_limits(folder: Path, config: Mapping[str, Any], source_tokens: int, ca
     if min(source_tokens, candidate_tokens) < MIN_TOKENS:
         found = f"limits of {source_tokens} and {candidate_tokens} tokens leave no room for text"
         refuse(folder, found, f"Use {MIN_TOKENS} or more")
-    longest, positions = source_tokens + 2 * candidate_tokens, config.get("max_position_embeddings", 512)
+    longest = source_tokens + 2 * candidate_tokens
+    positions = _number(folder, config, "max_position_embeddings") or 512
     if "hidden_size" in config and config.get("position_biased_input", True) and longest > positions:
         refuse(
             folder,
@@ -125,25 +132,37 @@ def check_limits(folder: Path, config: Mapping[str, Any], source_tokens: int, ca
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
+    if not (folder / "config.json").is_file():
         refuse(folder, "it has no config.json", "Point to the folder that holds config.json and model.safetensors")
+    return _read_json(folder, "config.json")
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        refuse(folder, f"its config.json is not JSON ({error})", "Copy the file again")
-    if not isinstance(config, dict):
-        refuse(folder, "its config.json is not an object", "Copy the file again")
-    return config
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        refuse(folder, f"its {name} is not JSON ({error})", "Copy the file again")
+    if not isinstance(content, dict):
+        refuse(folder, f"its {name} is not an object", "Copy the file again")
+    return content
+
+
+def _number(folder: Path, config: Mapping[str, Any], key: str) -> int | None:
+    """A whole number of config.json; None where it has none."""
+    value = config.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        refuse(folder, f"its config.json says {key}={shown(value)}, not a whole number", "Copy config.json again")
+    return value
 
 
 def _layout(folder: Path, config: Mapping[str, Any]) -> tuple[Literal["blender", "hf"], str | None]:
     """(kind, backbone) from config.json."""
     remedy = "Use llm-blender/PairRM, llm-blender/PairRM-hf or a checkpoint saved from llm-blender's DebertaV2PairRM"
-    ranker, architectures = config.get("ranker_type"), config.get("architectures") or []
+    ranker, architectures = config.get("ranker_type"), config.get("architectures")
+    architectures = architectures if isinstance(architectures, list) else []
     model_type = str(config.get("model_type"))
     if ranker is not None and ranker != "pairranker":
-        refuse(folder, f"its ranker_type is {ranker!r}, not 'pairranker'", remedy)
+        refuse(folder, f"its ranker_type is {shown(ranker)}, not 'pairranker'", remedy)
     if ranker is None and "DebertaV2PairRM" not in architectures:
         found = ", ".join(map(str, architectures)) or repr(model_type)
         refuse(folder, f"its architecture is {found}, not DebertaV2PairRM", remedy)
@@ -175,14 +194,17 @@ def _check_prefix_tokens(folder: Path, config: Mapping[str, Any]) -> None:
 def _added_tokens(folder: Path) -> dict[str, int]:
     """Added token -> id, from whichever of the tokenizer's files holds it (tokenizer.json has the last word)."""
     found: dict[str, int] = {}
-    if (folder / "added_tokens.json").is_file():
-        found.update(json.loads((folder / "added_tokens.json").read_text(encoding="utf-8")))
-    if (folder / "tokenizer_config.json").is_file():
-        options = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        found.update({entry["content"]: int(index) for index, entry in options.get("added_tokens_decoder", {}).items()})
-    if (folder / "tokenizer.json").is_file():
-        entries = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
-        found.update({entry["content"]: entry["id"] for entry in entries})
+    try:
+        if (folder / "added_tokens.json").is_file():
+            found.update(_read_json(folder, "added_tokens.json"))
+        if (folder / "tokenizer_config.json").is_file():
+            decoder = _read_json(folder, "tokenizer_config.json").get("added_tokens_decoder", {})
+            found.update({entry["content"]: int(index) for index, entry in decoder.items()})
+        if (folder / "tokenizer.json").is_file():
+            entries = _read_json(folder, "tokenizer.json").get("added_tokens", [])
+            found.update({entry["content"]: entry["id"] for entry in entries})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        refuse(folder, f"its tokenizer's files list added tokens in no known form ({error!r})", "Copy them again")
     return found
 
 
@@ -211,18 +233,20 @@ def _check_weights(folder: Path, config: Mapping[str, Any], weights: tuple[Path,
         try:
             with safe_open(path, framework="np") as file:
                 shapes.update({key: file.get_slice(key).get_shape() for key in file.keys()})  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             found = f"{path.name} is not a safetensors file ({error})"
             refuse(folder, found, "Fetch it again; a git-lfs pointer looks like this")
     missing = [key for key in (*HEAD, EMBEDDING) if key not in shapes]
     if missing:
         remedy = "Use the full PairRM checkpoint: a bare DeBERTa has no comparison head"
         refuse(folder, f"its weights lack {', '.join(missing)} ({len(shapes)} tensors found)", remedy)
+    if any(len(shapes[key]) != 2 for key in (HEAD[0], HEAD[2], EMBEDDING)):
+        refuse(folder, "its head or embedding is no matrix", "Copy the weights again")
     hidden, rows = shapes[HEAD[2]][1], shapes[EMBEDDING][0]
     if shapes[HEAD[0]] != [hidden, 2 * hidden] or config.get("hidden_size", hidden) != hidden:
         found = f"the head is {shapes[HEAD[0]]}, {shapes[HEAD[2]]} for hidden_size {config.get('hidden_size', hidden)}"
         refuse(folder, found, "config.json and weights are of different models: copy both from one checkpoint")
-    largest = max(config.get(key, 0) for key in PREFIX_TOKENS.values())
+    largest = max(_number(folder, config, key) or 0 for key in PREFIX_TOKENS.values())
     if largest >= rows:
         found = f"the embedding has {rows} rows, but a prefix token has id {largest}"
         refuse(folder, found, "Tokenizer and weights are of different models: copy both from one checkpoint")
@@ -231,4 +255,8 @@ def _check_weights(folder: Path, config: Mapping[str, Any], weights: tuple[Path,
 
 def refuse(folder: str | Path, found: str, remedy: str) -> NoReturn:
     """Raises NotAPairRM: three parts of one paragraph."""
-    raise NotAPairRM(f"{folder} cannot serve as the PairRM judge: {found}. {remedy}.")
+    raise refusal(folder, found, remedy)
+
+
+def refusal(folder: str | Path, found: str, remedy: str) -> NotAPairRM:
+    return NotAPairRM(f"{folder} cannot serve as the PairRM judge: {found}. {remedy}.")

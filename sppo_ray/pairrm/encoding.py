@@ -24,7 +24,15 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from sppo_ray.pairrm.checkpoint import MIN_TOKENS, PREFIX_TOKENS, refuse
+from sppo_ray.pairrm.checkpoint import (
+    MIN_TOKENS,
+    PREFIX_TOKENS,
+    PairRMInfo,
+    base_folder,
+    check_tokenizer_files,
+    refusal,
+    refuse,
+)
 
 _UNREACHABLE = "\ufdd0"  # a Unicode noncharacter, "intended for process-internal use"; never left in a text
 _PROBES = (
@@ -73,6 +81,12 @@ class PairEncoder:
         indices = range(len(candidates))
         return [prompt + left[i] + right[j] for i in indices for j in indices if i != j]
 
+    def cut_sources(self, sources: Sequence[str]) -> int:
+        """How many of the texts are longer than the source may be, and are read up to the limit."""
+        room = self.source_max_tokens - MIN_TOKENS + 1
+        encoded = self._texts.encode_batch([_clean(text) for text in sources], add_special_tokens=False)
+        return sum(len(one.ids) > room for one in encoded)
+
     def _segment(self, marker: int, text: str, limit: int) -> list[int]:
         """[CLS] marker text [SEP], the text's end cut so that all is at most `limit` tokens."""
         ids = self._texts.encode(_clean(text), add_special_tokens=False).ids
@@ -94,6 +108,31 @@ class PairEncoder:
             if not special.keys().isdisjoint(self._texts.encode(text, add_special_tokens=False).ids):
                 found = f"its tokenizer's vocabulary turns the plain text {text!r} into a special token"
                 refuse(folder, found, "Train the tokenizer on text without special tokens")
+
+
+def load_encoder(
+    info: PairRMInfo, source_max_tokens: int | None = None, candidate_max_tokens: int | None = None
+) -> PairEncoder:
+    """The encoder of a PairRM folder; limits instead of the checkpoint's. Raises NotAPairRM for a tokenizer that does not
+    load or is not the checkpoint's.
+
+    hf: the folder's tokenizer. blender: the backbone's, with the prefix tokens added in llm-blender's order.
+    """
+    from transformers import AutoTokenizer
+
+    base = base_folder(info)
+    check_tokenizer_files(base)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exceptions, and transformers what a garbled field leads to
+        found = f"its tokenizer does not load ({' '.join(str(error).split()) or type(error).__name__})"
+        raise refusal(info.folder, found, "Copy the tokenizer's files again from their origin") from error
+    if not tokenizer.is_fast:
+        refuse(info.folder, "its tokenizer has no fast (Rust) backend", "Save it once with tokenizer.json")
+    if info.kind == "blender":
+        tokenizer.add_tokens(list(PREFIX_TOKENS))
+    source, candidate = source_max_tokens or info.source_max_tokens, candidate_max_tokens or info.candidate_max_tokens
+    return PairEncoder(tokenizer, info.folder, source, candidate)
 
 
 def _markers(tokenizer: Any, folder: Path) -> Markers:

@@ -26,15 +26,14 @@ from sppo_ray.errors import ConfigError, JudgeError
 from sppo_ray.llm_blender_compat import pairrm_class
 from sppo_ray.pairrm.checkpoint import (
     EMBEDDING,
-    PREFIX_TOKENS,
     PairRMInfo,
+    base_folder,
     check_limits,
-    check_tokenizer_files,
     inspect_pairrm,
     refuse,
     resolve_folder,
 )
-from sppo_ray.pairrm.encoding import Markers, PairEncoder
+from sppo_ray.pairrm.encoding import Markers, PairEncoder, load_encoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Saved by transformers before 4.31, a buffer outside the state dict since (yuchenlin/LLM-Blender#10).
@@ -125,28 +124,17 @@ def load_pairrm(
     if max_pairs_per_forward is not None and max_pairs_per_forward < 1:
         raise ConfigError(f"max_pairs_per_forward is {max_pairs_per_forward}: give 1 or more, or None for all pairs.")
     info = inspect_pairrm(resolve_folder(path_or_name, download=True, pickle=allow_pickle), allow_pickle=allow_pickle)
-    base = resolve_folder(info.backbone, download=True, backbone=True) if info.backbone else info.folder
+    base = base_folder(info)
     base_config = json.loads((base / "config.json").read_text(encoding="utf-8")) if info.backbone else dict(info.config)
     source = source_max_tokens or info.source_max_tokens
     candidate = candidate_max_tokens or info.candidate_max_tokens
     check_limits(info.folder, base_config, source, candidate)
-    encoder = PairEncoder(_load_tokenizer(info, base), info.folder, source, candidate)
+    encoder = load_encoder(info, source, candidate)
     network = _build_network(info, base_config, encoder.markers, _read_weights(info))
     network.eval().to(device=device, dtype=DTYPES[dtype])
     if dtype != "float32":
         _head_in_fp32(network)
     return PairRM(info, network, encoder, max_pairs_per_forward)
-
-
-def _load_tokenizer(info: PairRMInfo, base: Path) -> Any:
-    """hf: the folder's tokenizer. blender: the backbone's, with the prefix tokens added in llm-blender's order."""
-    from transformers import AutoTokenizer
-
-    check_tokenizer_files(base)
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    if info.kind == "blender":
-        tokenizer.add_tokens(list(PREFIX_TOKENS))
-    return tokenizer
 
 
 def _read_weights(info: PairRMInfo) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from sppo_ray.config import Config
 from sppo_ray.errors import GroupAborted
 from sppo_ray.mismatch import compare
 from sppo_ray.protocols import System, Watch
-from sppo_ray.schedules.supervision import InFlight, supervised
+from sppo_ray.schedules.supervision import InFlight, again_if_lost, supervised
 from sppo_ray.seeds import sampling_seeds
 from sppo_ray.types import Prompt, Publication, Sampling, Ticket
 
@@ -47,6 +47,7 @@ async def sampling(system: System, slices: Slices, config: Config, watch: Watch)
     return True
 
 
+@again_if_lost
 async def self_play(system: System, prompt: Prompt, ticket: Ticket, config: Config, watch: Watch) -> None:
     """One group, from prompt to disk."""
     sampling = sampling_of(prompt, ticket, config)

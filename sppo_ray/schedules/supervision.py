@@ -6,8 +6,12 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from sppo_ray.errors import SppoError
+from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
+from sppo_ray.errors import GroupLost, SppoError
+
+# A group whose object died with its node: the same seeds give the same group.
+again_if_lost = retry(retry=retry_if_exception_type(GroupLost), stop=stop_after_attempt(5), reraise=True)
 AGAIN_S = 1.0  # how often room is looked for again without anything having finished: workers may be added
 
 

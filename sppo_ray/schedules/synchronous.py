@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from sppo_ray.config import Config
 from sppo_ray.protocols import System, Watch
+from sppo_ray.schedules.supervision import again_if_lost
 from sppo_ray.seeds import sampling_seeds
 from sppo_ray.types import Prompt, Sampling
 
@@ -41,13 +42,17 @@ async def sample_and_judge(system: System, prompts: Sequence[Prompt], t: int, co
     watch.sampling(t, total=len(prompts), held=sum(prompt.prompt_id in held for prompt in prompts))
     waiting = iter([prompt for prompt in prompts if prompt.prompt_id not in held])
 
+    @again_if_lost
+    async def self_play(prompt: Prompt) -> None:
+        group = await system.rollout.generate(prompt, sampling_of(prompt, t, config), t)
+        watch.sampled(group.receipt)
+        judged = await system.judge.judge(group)
+        await system.buffer.add(judged)
+        watch.judged(judged.receipt)
+
     async def lane() -> None:
         for prompt in waiting:
-            group = await system.rollout.generate(prompt, sampling_of(prompt, t, config), t)
-            watch.sampled(group.receipt)
-            judged = await system.judge.judge(group)
-            await system.buffer.add(judged)
-            watch.judged(judged.receipt)
+            await self_play(prompt)
 
     async with asyncio.TaskGroup() as lanes:  # the first lane that fails cancels the others and is raised
         for _ in range(config.rollout.in_flight * config.rollout.num_workers):

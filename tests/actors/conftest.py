@@ -27,7 +27,6 @@ from actors.process import environment
 from actors.weights import NAME, WeightsHub
 from sppo_ray.config import Config
 from sppo_ray.types import Prompt
-from tests.actors.job_runs import sppo, train
 
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "sppo_ray" / "assets"
@@ -99,13 +98,3 @@ def serving(ray_local: None, actor_config: Config, policy: Path) -> Serving:
     workers = {name: start_worker(name, actor_config, policy, 0) for name in ("rollout-0", "rollout-1")}
     ray.get([worker.ping.remote() for worker in workers.values()])
     return Serving(actor_config, hub, workers)
-
-
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The shipped default made small, run undisturbed as a user would: (run directory, output)."""
-    run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    process = sppo(*train(run_dir))
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
-    return run_dir, output

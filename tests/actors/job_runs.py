@@ -31,9 +31,19 @@ PROMPTS = 24  # an iteration
 SLOW = ("rollout.in_flight=1", "buffer.flush_s=0.25")
 
 
-def sppo(*arguments: str) -> subprocess.Popen[str]:
+# Secrets of a user's environment; a run may write them nowhere.
+PLANTED = {
+    "HF_TOKEN": "hf_plantedPlantedPlanted0",
+    "WANDB_API_KEY": "planted5d2f6a7b8c9d0e1f",
+    "AWS_ACCESS_KEY_ID": "AKIAPLANTED00000000",
+    "AWS_SECRET_ACCESS_KEY": "planted/Secret+Access=Key00",
+    "OTHER_SERVICE_PASSWORD": "planted-pass-word",
+}
+
+
+def sppo(*arguments: str, **environ: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "sppo_ray", *arguments],
+        [sys.executable, "-m", "sppo_ray", *arguments], env=os.environ | environ,
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_heed_ctrl_c,
     )  # fmt: skip
 
@@ -111,7 +121,7 @@ def ray_head(folder: Path) -> Iterator[Head]:
     token.write_text("a-token-for-this-test-of-thirty-two-characters")
     token.chmod(0o600)
     env = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_TOKEN"}
-    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     env["PATH"] = f"{BIN}{os.pathsep}{env['PATH']}"  # as in an activated environment
     command = [
         str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",

@@ -85,7 +85,7 @@ def config_for(
     """Batch 7 in micro-batches of 2: never divisible, by no number of ranks."""
     settings = {"batch_size": 7, "micro_batch_size": 2, "learning_rate": 1e-4, "warmup_ratio": 0.0, "logprob_chunk": 16}
     return Config.model_validate({
-        "run": {"dir": str(run_dir)},
+        "run": {"dir": str(run_dir), "storage_patience_s": 1.0},
         "data": {"prompts": "unused.jsonl"},
         "policy": {"model": str(policy), "dtype": saved},
         "schedule": {"mode": mode},
@@ -159,8 +159,19 @@ def scripted_task(step: int, saved: int, references: Mapping[int, Logps], publis
 class ScriptedBuffer:
     """Stands for the buffer actor: answers from the script, keeps what it is told, fails once when asked to."""
 
-    def __init__(self, policy: str, fail_at: int | None = None, poison: bool = False) -> None:
+    def __init__(
+        self,
+        policy: str,
+        fail_at: int | None = None,
+        hold_at: Sequence[int] = (),
+        checkpoints: str = "",
+        poison: bool = False,
+    ) -> None:
+        """fail_at, hold_at: steps at which the next task is, the first time it is asked for, an error, or is kept back until
+        `release`; both once their checkpoint is in the folder `checkpoints`, if that is given."""
         self.policy, self.fail_at, self.poison = policy, fail_at, poison
+        self.hold_at, self.checkpoints = list(hold_at), checkpoints
+        self.held, self.released = False, asyncio.Event()
         self.asked: list[int] = []
         self.gave_up = ""
         self.references: dict[int, Any] = {}
@@ -180,13 +191,32 @@ class ScriptedBuffer:
         self.asked.append(step)
         if step == self.fail_at:
             self.fail_at = None
-            await asyncio.sleep(6)  # Ray Train commits a reported checkpoint at its next poll
+            await self._checkpoint(step)
             raise RuntimeError("the script says: fail once")
+        if step in self.hold_at:
+            self.hold_at.remove(step)
+            await self._checkpoint(step)
+            self.held = True
+            await self.released.wait()
+            self.released.clear()
         task = scripted_task(step, len(self.done), self.references, len(self.publications))
         if self.poison and self.references:
             bad = replace(task.examples[0], prompt_id="the-bad-one", reference_logps=(float("nan"), 0.0))
             return replace(task, examples=(bad, *task.examples[1:]))
         return task
+
+    async def _checkpoint(self, step: int) -> None:
+        while self.checkpoints and not (Path(self.checkpoints) / f"step-{step}").exists():
+            await asyncio.sleep(0.05)
+
+    async def holds(self) -> None:
+        """Returns when a task is kept back."""
+        while not self.held:
+            await asyncio.sleep(0.05)
+        self.held = False
+
+    async def release(self) -> None:
+        self.released.set()
 
     async def record_reference(self, iteration: int, logps: list[tuple[float, ...]]) -> None:
         self.references[iteration] = logps

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,30 +85,6 @@ class Probe:
                 engine.step(task)
             self.keep(f"{name} {suffix}", engine)
 
-    def checkpoint(self, name: str, epoch: Sequence[TrainTask], **settings: Any) -> None:
-        """An epoch, uninterrupted and taken up from DeepSpeed's checkpoint after its first update."""
-        config = self.config(**settings)
-        first, *others = epoch
-        going_on = self.engine(config)
-        going_on.step(first)
-        folder = self.out / f"{name} checkpoint of rank {self.ranks.rank}"  # as Ray Train has them: each its own
-        going_on.save_checkpoint(folder)
-        together = self.out / f"{name} checkpoint"
-        for rank in range(self.ranks.world):  # and merges them
-            if rank == self.ranks.rank:
-                for path in folder.rglob("*"):
-                    target = together / path.relative_to(folder)
-                    if path.is_file():
-                        target.parent.mkdir(parents=True, exist_ok=True)
-                        target.write_bytes(path.read_bytes())
-            dist.barrier()
-        resumed = self.engine(config)
-        resumed.load_checkpoint(together)
-        for engine, suffix in ((going_on, "going on"), (resumed, "resumed")):
-            for task in others:
-                engine.step(task)
-            self.keep(f"{name} {suffix}", engine)
-
     def script(self, name: str, **settings: Any) -> None:
         """The run that the Ray test makes, without Ray and without interruption."""
         engine = self.engine(self.config(**settings))
@@ -163,8 +139,6 @@ def main(policy: Path, out: Path, rank: int, world: int) -> None:
         for stage in (0, 2, 3):
             probe.restart(f"restart bf16 {stage}", zero_stage=stage, dtype="bfloat16", saved="bfloat16")
         probe.restart("restart rounding 3", zero_stage=3, dtype="float32", saved="bfloat16")
-        for stage in (2, 3):
-            probe.checkpoint(f"checkpoint {stage}", tasks(), zero_stage=stage, dtype="bfloat16", saved="bfloat16")
         probe.turns("turns 3", zero_stage=3)
         probe.script("script", zero_stage=3)
         probe.not_finite("not finite", zero_stage=3)

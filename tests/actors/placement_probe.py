@@ -78,7 +78,7 @@ class NoTraining(LearnerActor):
         from actors import learner
 
         learner.learner_loop = report_and_wait
-        learner.TorchConfig = lambda backend: TorchConfig(backend="gloo")  # the GPUs are pretended
+        learner.TorchConfig = lambda **_: TorchConfig(backend="gloo")  # the GPUs are pretended
         super().__init__(config, layout, buffer, hub)
 
 

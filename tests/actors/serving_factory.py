@@ -24,7 +24,6 @@ def start_worker(name: str, config: Config, folder: Path, version: int, **env: s
     actor = ray.remote(RolloutWorker).options(
         name=name,
         num_cpus=0.1,
-        max_restarts=3,
         max_concurrency=100,
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), **environment(gpus=False, threads=1), **env}},
     )
@@ -42,7 +41,13 @@ class Serving:
 
     def pool(self, *names: str) -> RolloutPool:
         """A new pool (its tasks belong to the test's event loop) over the named workers, or both."""
-        return RolloutPool(self.config, {n: self.workers[n] for n in names or self.workers}, self.hub)
+        workers = {n: self.workers[n] for n in names or self.workers}
+        return RolloutPool(self.config, workers, self.hub, create=self.create)
+
+    def create(self, name: str) -> Any:
+        """As at the start: from the embedded policy."""
+        self.workers[name] = start_worker(name, self.config, Path(self.config.policy.model), 0)
+        return self.workers[name]
 
     def publish(self, weights: dict[str, torch.Tensor], damage: bool = False) -> str:
         """Publish in several chunks, as the learner does; returns the checksum. `damage`: flip a byte on the way."""

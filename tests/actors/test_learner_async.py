@@ -71,13 +71,6 @@ def test_without_a_copy_the_error_says_what_to_do(outcome: Outcome) -> None:
     assert all("remove the run's checkpoints/" in message for message in outcome.results[2]["no snapshot"])
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_resuming_within_an_iteration_takes_up_the_frozen_copy(outcome: Outcome, stage: int) -> None:
-    assert outcome.same(f"checkpoint {stage} going on", f"checkpoint {stage} resumed")
-    copies = sorted(path.name for path in (outcome.folders[2] / f"checkpoint {stage} checkpoint").glob("snapshot-*"))
-    assert copies == ["snapshot-0.safetensors", "snapshot-1.safetensors"]
-
-
 @pytest.mark.parametrize(("world", "stage"), CASES)
 def test_recorded_log_probabilities_as_the_reference(outcome: Outcome, world: int, stage: int) -> None:
     """The policy's own: it has not moved, so the first loss is the mean squared target alone."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -190,11 +193,17 @@ async def test_what_the_engine_refuses_names_the_worker(base: Serving, prompts: 
 
 
 async def test_groups_go_from_rollout_to_judge(base: Serving, prompts: list[Prompt]) -> None:
+    """And judges that are stopped or killed are replaced, with the same bits."""
+    section = base.config.judge.model_copy(update={"timeout_s": 4.0})  # a group takes milliseconds
+    restarts = base.config.cluster.model_copy(update={"max_restarts": 1})
+    config = base.config.model_copy(update={"judge": section, "cluster": restarts})
+
+    def create(name: str) -> Any:
+        return ray.remote(JudgeWorker).options(name=name, num_cpus=0.1).remote(name, config)
+
     names = ("judge-0", "judge-1")
-    judges = {
-        name: ray.remote(JudgeWorker).options(name=name, num_cpus=0.1).remote(name, base.config) for name in names
-    }
-    pool, rollout = JudgePool(base.config, judges), base.pool()
+    judges = {name: create(name) for name in names}
+    pool, rollout = JudgePool(config, judges), base.pool()
     await pool.ready()
     groups = await asyncio.gather(*(rollout.generate(p, sampled(i), 1) for i, p in enumerate(prompts)))
     judged = await asyncio.gather(*(pool.judge(group) for group in groups))
@@ -204,9 +213,45 @@ async def test_groups_go_from_rollout_to_judge(base: Serving, prompts: list[Prom
     assert not first.logits.diagonal().any()
     assert judged[0].receipt == groups[0].receipt
     assert {(await handle.ref).judge for handle in judged} == set(names)
-    again = [await (await JudgePool(base.config, {n: judges[n]}).judge(groups[0])).ref for n in names]
+    again = [await (await JudgePool(config, {n: judges[n]}).judge(groups[0])).ref for n in names]
     assert all(np.array_equal(other.logits, first.logits) for other in again)  # the same bits on any worker
     texts = [response.text for response in first.group.responses]
     assert np.array_equal(await pool.score(prompts[0].text, texts), first.logits)
-    for actor in judges.values():
-        ray.kill(actor)
+
+    ray.kill(judges["judge-1"])
+    alone = JudgePool(config, {"judge-0": judges["judge-0"]}, create)
+    await alone.ready()
+    for end in (signal.SIGSTOP, signal.SIGKILL, signal.SIGKILL):  # more often than max_restarts, with calls in between
+        pid = (await alone.stats())["judge-0"]["pid"]
+        os.kill(pid, end)
+        replaced = await asyncio.gather(*(alone.judge(group) for group in groups))
+        assert all(
+            [np.array_equal((await a.ref).logits, (await b.ref).logits) for a, b in zip(judged, replaced, strict=True)]
+        )
+        assert not psutil.pid_exists(pid)
+    assert alone.restarts == 3
+    assert "judge-0, process" in (Path(config.run.dir) / "logs/judge-0.stacks.txt").read_text()
+    ray.kill(ray.get_actor("judge-0"))
+
+
+async def test_a_worker_whose_engine_core_is_killed_is_replaced(
+    base: Serving, prompts: list[Prompt], policy: Path
+) -> None:
+    """AsyncLLM, as on GPUs: the actor lives on without its engine, and must end itself."""
+    config = base.config.model_copy(update={"rollout": base.config.rollout.model_copy(update={"engine": "async"})})
+
+    def create(name: str) -> Any:
+        return start_worker(name, config, policy, base.version, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+
+    pool = RolloutPool(config, {"rollout-async": create("rollout-async")}, base.hub, create=create)
+    before = await groups(pool, prompts, list(range(len(prompts))))
+    pid = (await pool.stats())["rollout-async"]["pid"]
+    cores = [p for p in psutil.Process(pid).children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
+    assert cores
+    for core in cores:
+        core.kill()
+    after = await groups(pool, prompts, list(range(len(prompts))))
+    assert [tokens(group) for group in after] == [tokens(group) for group in before]
+    assert pool.restarts == 1
+    assert not psutil.pid_exists(pid)
+    ray.kill(ray.get_actor("rollout-async"))

@@ -7,7 +7,7 @@ from groups import config, judged
 
 from sppo_ray.async_buffer import AsyncBuffer
 from sppo_ray.errors import SppoError
-from sppo_ray.types import Publication, PublishTask, TrainedIteration, TrainTask
+from sppo_ray.types import Publication, PublishTask, SaveTask, TrainedIteration, TrainTask
 
 
 def ready(tmp_path, prompts=6, **overrides):
@@ -42,6 +42,35 @@ def test_admission_by_hand(tmp_path):
     buffer.published(Publication(1, 1, 1, False, "c", 0.0))
     buffer.serve(1)
     assert [ticket.number for ticket in buffer.admit(10)] == [4, 5]
+
+
+def two_slices(tmp_path, **overrides):
+    """Trained on the first, evaluated not yet: at the publish in the middle of the second."""
+    given = {"schedule__mode": "async", "schedule__iterations": 2, "schedule__max_staleness": 9}
+    given |= {"weights__publish_every": 1, "learner__batch_size": 2, "rollout__responses_per_prompt": 2}
+    buffer = AsyncBuffer(config(tmp_path, **(given | overrides)), [["p0", "p1"], [f"p{n}" for n in range(4)]])
+    buffer.evaluated(0)
+    for ticket in buffer.admit(10):
+        buffer.add([judged(f"p{ticket.index}", ticket.iteration, 2)])
+    assert isinstance(buffer.next_task(0), TrainTask)
+    buffer.seal(1, ["p0", "p1"])
+    buffer.release(1)
+    assert isinstance(buffer.next_task(1), SaveTask)
+    buffer.saved(TrainedIteration(1, 1, 1, "c", "policy"))
+    buffer.published(Publication(1, 1, 1, True, "c", 0.0))
+    assert isinstance(buffer.next_task(1), TrainTask)
+    return buffer
+
+
+def test_nothing_is_published_before_the_policy_that_is_served_is_evaluated(tmp_path):
+    buffer = two_slices(tmp_path, evaluation__prompts="some")
+    assert buffer.next_task(2) is None
+    buffer.evaluated(1)
+    assert isinstance(buffer.next_task(2), PublishTask)
+
+
+def test_where_nothing_is_evaluated_no_publish_waits_for_it(tmp_path):
+    assert isinstance(two_slices(tmp_path).next_task(2), PublishTask)
 
 
 def test_a_slow_prompt_is_waited_for_and_not_overtaken_for_ever(tmp_path):

@@ -24,6 +24,7 @@ def async_config(folder, **overrides):
         "weights__publish_every": 1,
         "buffer__flush_s": 0.002,
         "rollout__in_flight": 8,
+        "evaluation__prompts": "none",  # a name; the fakes look at nothing
     }
     return config(folder, **(given | overrides))
 

@@ -79,7 +79,7 @@ def test_dump_is_read_back_equal(write, tmp_path):
         (["rollout.engine=async"], ["rollout.engine=async", "cluster.gpus=0"]),
         (["fidelity=exact"], ["fidelity='exact'", "reference_code"]),
         (["rollout"], ["'rollout'", "key.path=value"]),
-        (["rollout.temperature.x=1"], ["rollout.temperature={'x': 1}"]),
+        (["rollout.temperature.x=1"], ["'rollout.temperature.x=1'", "two parts, section and name"]),
         (["run.dir=null"], ["run.dir=None"]),
         (["data.limit=[1"], ["data.limit=[1", "YAML"]),
     ],

@@ -142,12 +142,14 @@ def test_the_same_step_gives_the_same_rows_after_a_restart(tmp_path):
 def test_steps_and_resume_point_go_on_over_iterations(tmp_path):
     cfg = config(tmp_path)
     buffer = filled(cfg)
-    assert dataclasses.astuple(buffer.resume_point()) == (0, "base", None)
+    assert dataclasses.astuple(buffer.resume_point()) == (0, "base", 0)
     buffer.seal(1, NAMES)
+    assert buffer.resume_point().up_to == 0  # the reference is by the weights at the beginning
     buffer.record_reference(1, logps(10))
+    assert buffer.resume_point().up_to is None  # any checkpoint of this iteration will do
     buffer.saved(TrainedIteration(1, 1, 3, "sum", str(tmp_path / "iter_1/policy")))
     again = TrainingBuffer(cfg)
-    assert dataclasses.astuple(again.resume_point()) == (3, str(tmp_path / "iter_1/policy"), None)
+    assert dataclasses.astuple(again.resume_point()) == (3, str(tmp_path / "iter_1/policy"), 3)
     assert again.next_task(3) is None
     again.add([judged(name, 2, version=1) for name in NAMES])
     again.seal(2, NAMES)

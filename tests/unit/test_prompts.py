@@ -145,13 +145,13 @@ def test_bad_parquet_is_refused(tmp_path: Path) -> None:
         load(write_parquet(tmp_path / "other.parquet", {"text": ["a"], "n": [1]}))
     with pytest.raises(ConfigError, match=r"row 1: 'prompt' holds NoneType"):
         load(write_parquet(tmp_path / "null.parquet", {"prompt": ["a", None]}))
-    with pytest.raises(ConfigError, match=r"row 0: 'prompt' holds int"):
+    with pytest.raises(ConfigError, match=r"int\.parquet: 'prompt' holds int64, not text: set data\.column"):
         load(write_parquet(tmp_path / "int.parquet", {"prompt": [3]}))
     invalid = pa.Array.from_buffers(
         pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
     )
     pq.write_table(pa.table({"prompt": invalid}), cut)
-    with pytest.raises(ConfigError, match=r"not UTF-8"):
+    with pytest.raises(ConfigError, match=r"cut\.parquet, 'prompt', row 0 is not UTF-8"):
         load(str(cut))
 
 

@@ -37,6 +37,25 @@ def test_another_config_is_refused_by_key(tmp_path):
         check_run_dir(config(tmp_path, objective__eta=10))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("config.yaml", "run: [unclosed"), ("config.yaml", "just text"), ("manifest.json", "{"), ("manifest.json", "[]")],
+)
+def test_a_damaged_record_is_refused_by_name(tmp_path, name, content):
+    claim(config(tmp_path), {})
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=rf"{name} (is damaged|holds)"):
+        check_run_dir(config(tmp_path))
+
+
+def test_a_refusal_says_what_may_change(tmp_path):
+    claim(config(tmp_path), {})
+    with pytest.raises(
+        ConfigError, match=r"What may change .*rollout\.num_workers.*cluster\.\*.* but weights\.publish_every"
+    ):
+        check_run_dir(config(tmp_path, objective__eta=10))
+
+
 def test_what_changes_speed_only_may_change(tmp_path):
     claim(config(tmp_path), {})
     check_run_dir(config(tmp_path, rollout__num_workers=3, cluster__threads=2, learner__num_workers=2))

@@ -1,0 +1,120 @@
+"""Who may talk to the cluster: the token, the loopback interface, and the refusal of a cluster that lets anyone in.
+
+Whoever may submit to a Ray cluster runs code on it. Ray's only border is its token; see SECURITY.md.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import Literal
+
+import grpc
+from ray._common.tls_utils import load_certs_from_env
+from ray._private import ray_constants
+from ray._private.services import canonicalize_bootstrap_address, parse_address
+
+from sppo_ray.errors import ConfigError
+
+Answer = Literal["open", "guarded", "silent"]
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # where it is 0, Ray takes a node's address to be the loopback's
+REMEDY = (
+    "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the same token file on every machine, for this command too "
+    "(configs/ray/README.md)"
+)
+
+
+def ensure_token() -> None:
+    """A local ray.init() switches token authentication on unless told otherwise, and makes a token readable by everyone on
+    the machine if there is none: so make it first, for this user alone."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token" or "RAY_AUTH_TOKEN" in os.environ:
+        return
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+
+
+def stay_on_loopback() -> None:
+    """Make the Ray that this process starts, or joins by a loopback address, keep to the loopback interface.
+
+    Ray turns 127.0.0.1 into the machine's address, and its servers listen on what they think is the node's. The switch that
+    stops this was made for systems with pop-up firewalls; Ray reads it when it is imported, its child processes when they start.
+    """
+    os.environ[LOOPBACK_ONLY] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def refuse_open_cluster(address: str, allowed: bool) -> str | None:
+    """Raise ConfigError if others than this machine's users could run code on the cluster at `address` without a token, or
+    if it asks for one that this process lacks. `allowed`: cluster.allow_unauthenticated; then a warning is returned."""
+    server = resolve(address)
+    answer = knock(server)
+    if answer == "silent":
+        raise ConfigError(
+            f"no Ray cluster answers at {server} (cluster.address={address}): start it, or correct the address."
+        )
+    if answer == "guarded" and os.environ.get("RAY_AUTH_MODE") != "token":
+        raise ConfigError(f"the Ray cluster at {server} asks for a token and this process uses none: {REMEDY}.")
+    if answer == "guarded" or is_loopback(server):
+        return None
+    found = f"the Ray cluster at {server} asks for no token: anyone who reaches it can run code on it"
+    if not allowed:
+        raise ConfigError(
+            f"{found}. Start it again with a token: {REMEDY}. If everyone on its network may run code there, set "
+            "cluster.allow_unauthenticated=true."
+        )
+    return f"{found} (cluster.allow_unauthenticated=true)"
+
+
+def resolve(address: str) -> str:
+    """host:port of the GCS that ray.init(address) would join. Raises ConfigError if `address` means none."""
+    if "://" in address:
+        raise ConfigError(
+            f"cluster.address={address}: only host:port and auto can be joined; from outside the cluster use `ray job submit`."
+        )
+    try:
+        if parse_address(address) and is_loopback(address) and knock(address) != "silent":
+            stay_on_loopback()  # a head that is on loopback alone does not answer at the machine's own address
+        server: str | None = canonicalize_bootstrap_address(address)
+    except ValueError as error:
+        raise ConfigError(f"cluster.address={address} is not host:port or auto ({error}).") from None
+    if server is None:
+        raise ConfigError(
+            f"cluster.address={address} names no running cluster: give its host:port, or null to start one on this machine."
+        )
+    return server
+
+
+def knock(server: str, timeout_s: float = 20.0) -> Answer:
+    """How the GCS at host:port answers a caller without a token (over TLS where Ray itself speaks it)."""
+    refused = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+    no_answer = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    options = [("grpc.enable_http_proxy", 0)]
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        chain, key, authority = load_certs_from_env()
+        channel = grpc.secure_channel(server, grpc.ssl_channel_credentials(authority, key, chain), options=options)
+    else:
+        channel = grpc.insecure_channel(server, options=options)
+    with channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=timeout_s)
+        except grpc.RpcError as error:
+            code = error.code()
+            return "guarded" if code in refused else "silent" if code in no_answer else "open"
+    return "open"
+
+
+def is_loopback(server: str) -> bool:
+    """Whether every address that the host of host:port stands for is the loopback's."""
+    host = (parse_address(server) or (server, ""))[0].strip("[]")
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)

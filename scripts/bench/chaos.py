@@ -1,0 +1,275 @@
+"""Kills the processes of a run, one after the other, by a seeded script, and compares what it made with an undisturbed run.
+
+    python scripts/bench/chaos.py --kills 100 --out runs/chaos                     # sync: the same tables and weights?
+    python scripts/bench/chaos.py --kills 100 --config configs/tiny_cpu_async.yaml # async: bound held, each prompt once?
+
+Kinds: rollout, judge, buffer, weights (the hub), learner (a rank), controller (of the learner), driver, power (everything at
+once). After driver and power the run is gone on with by `sppo train --resume`. Exit code 1 if a row is lost, doubled or
+different. A run that ends before all kills are done is begun again in another folder with the next seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import re
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from rich.console import Console
+from rich.table import Table
+
+from sppo_ray.config import Config
+from sppo_ray.config_io import load_config
+from sppo_ray.run_dir import read_manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+# By the title that Ray gives a worker process: the class, then the method that runs.
+TITLES = {
+    "rollout": "RolloutWorker",
+    "judge": "JudgeWorker",
+    "buffer": "BufferActor",
+    "weights": "WeightsHub",
+    "learner": "RayTrainWorker",
+    "controller": "LearnerActor|TrainController",
+}
+KINDS = (*TITLES, "driver", "power")
+LIMIT_S = 600  # for a run to have a victim of the kind that is due
+
+
+@dataclass
+class Killed:
+    """What was done to a run."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    starts: int = 1
+
+
+class Run:
+    """`sppo train` in a process of its own, begun again when it was killed."""
+
+    def __init__(self, config: Path, folder: Path, overrides: list[str]) -> None:
+        self.folder, self.log = folder, folder.with_suffix(".log")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self._command = ["--config", str(config), f"run.dir={folder}", *overrides]
+        self._overrides = overrides
+        self.start(resume=False)
+
+    def start(self, resume: bool) -> None:
+        arguments = ["--resume", str(self.folder)] if resume else self._command
+        with self.log.open("ab") as log:
+            self.process = psutil.Popen(
+                [sys.executable, "-m", "sppo_ray", "train", *arguments], cwd=ROOT, stdout=log, stderr=log
+            )
+
+    @property
+    def over(self) -> bool:
+        return self.process.poll() is not None
+
+    def victims(self, kind: str) -> list[psutil.Process]:
+        try:
+            family = self.process.children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+        if kind == "driver":
+            return [self.process] if family else []
+        if kind == "power":
+            return [self.process, *family] if family else []
+        return [process for process in family if re.match(rf"ray::({TITLES[kind]})\b", _title(process))]
+
+    def wait(self) -> None:
+        """Raises SystemExit with the run's output if it failed."""
+        if self.process.wait() != 0:
+            sys.exit(f"the run failed; the end of {self.log}:\n{self.log.read_text()[-4000:]}")
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
+def disturb(run: Run, kinds: list[str], rng: random.Random, pause: tuple[float, float]) -> Killed:
+    """Kill one process of each of `kinds` in turn, after a random pause in which the run goes on. Ends with the run."""
+    done = Killed()
+    for kind in kinds:
+        if not _serving_for(run, rng.uniform(*pause)):
+            break
+        victims = _await_victims(run, kind)
+        if not victims:
+            break
+        for victim in victims if kind == "power" else [rng.choice(victims)]:
+            _kill(victim)
+        done.kinds[kind] += 1
+        print(f"killed {kind}", file=sys.stderr, flush=True)
+        if kind in ("driver", "power"):
+            run.process.wait()
+            run.start(resume=True)
+            done.starts += 1
+    run.wait()
+    return done
+
+
+def _serving_for(run: Run, seconds: float) -> bool:
+    """Waits until a judge has been up for so long: the run has begun again to do something. False: the run is over."""
+    began: float | None = None
+    end = time.monotonic() + LIMIT_S
+    while began is None or time.monotonic() - began < seconds:
+        if run.over or time.monotonic() > end:
+            return False
+        if began is None and run.victims("judge"):
+            began = time.monotonic()
+        time.sleep(0.1)
+    return True
+
+
+def _await_victims(run: Run, kind: str) -> list[psutil.Process]:
+    end = time.monotonic() + LIMIT_S
+    while not (victims := run.victims(kind)):
+        if run.over or time.monotonic() > end:
+            return []
+        time.sleep(0.05)
+    return victims
+
+
+def _kill(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
+
+
+# What came of it.
+
+
+@dataclass(frozen=True)
+class Verdict:
+    rows_lost: int
+    rows_doubled: int
+    rows_different: int
+    weights_differ: bool
+    beyond_bound: int  # async: rows older than schedule.max_staleness
+
+    @property
+    def ok(self) -> bool:
+        return not (
+            self.rows_lost or self.rows_doubled or self.rows_different or self.weights_differ or self.beyond_bound
+        )
+
+
+def compare(config: Config, folder: Path, undisturbed: Path) -> Verdict:
+    """sync: bit for bit. async, where a batch is what was ready: every prompt once per epoch, within the bound."""
+    is_async = config.schedule.mode == "async"
+    lost = doubled = different = beyond = 0
+    for iteration in range(1, config.schedule.iterations + 1):
+        mine, other = (_train_table(where, iteration) for where in (folder, undisturbed))
+        keys, expected = Counter(_keys(mine)), Counter(_keys(other))
+        lost += sum((expected - keys).values())
+        doubled += sum((keys - expected).values())
+        if is_async:
+            lag = zip(mine["consumed_version"].to_pylist(), mine["policy_version"].to_pylist(), strict=True)
+            beyond += sum(consumed - sampled > config.schedule.max_staleness for consumed, sampled in lag)
+        elif keys == expected:
+            different += sum(a != b for a, b in zip(mine.to_pylist(), other.to_pylist(), strict=True))
+    last = f"iter_{config.schedule.iterations}/policy"
+    weights = not is_async and _weights(folder / last) != _weights(undisturbed / last)
+    return Verdict(lost, doubled, different, weights, beyond)
+
+
+def _train_table(folder: Path, iteration: int) -> pa.Table:
+    return pq.read_table(folder / f"iter_{iteration}" / "train.parquet")
+
+
+def _keys(table: pa.Table) -> list[tuple[object, ...]]:
+    names = [name for name in ("prompt_id", "epoch") if name in table.column_names]
+    return list(zip(*(table[name].to_pylist() for name in names), strict=True))
+
+
+def _weights(folder: Path) -> list[str]:
+    return [xxhash.xxh3_64_hexdigest(path.read_bytes()) for path in sorted(folder.glob("*.safetensors"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/tiny_cpu.yaml")
+    parser.add_argument("--out", type=Path, default=Path("runs/chaos"))
+    parser.add_argument(
+        "--undisturbed", type=Path, help="a finished run of the same config and overrides; else it is made"
+    )
+    parser.add_argument("--pause", type=float, nargs=2, default=(1.0, 10.0), help="seconds between two kills")
+    parser.add_argument("overrides", nargs="*", help="key=value")
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    config = load_config(options.config, [*options.overrides, f"run.dir={options.out / 'undisturbed'}"])
+    undisturbed = options.undisturbed or options.out / "undisturbed"
+    plain_s = _seconds_of_undisturbed(options.config, undisturbed, options.overrides)
+
+    killed, verdicts, begun, seconds = Counter[str](), list[Verdict](), 0, 0.0
+    while (left := options.kills - sum(killed.values())) > 0:
+        # Every kind before any comes again, in a new order each time.
+        kinds = [kind for _ in range(left) for kind in rng.sample(KINDS, len(KINDS))][:left]
+        folder = options.out / f"disturbed-{len(verdicts)}"
+        started = time.monotonic()
+        done = disturb(Run(options.config, folder, options.overrides), kinds, rng, tuple(options.pause))
+        seconds += time.monotonic() - started
+        killed += done.kinds
+        begun += done.starts
+        verdicts.append(compare(config, folder, undisturbed))
+        if not done.kinds:
+            sys.exit("the run ended before anything could be killed: make --pause shorter or the run longer")
+    _show(killed, verdicts, seconds, plain_s, begun, options.out)
+    sys.exit(0 if all(verdict.ok for verdict in verdicts) else 1)
+
+
+def _seconds_of_undisturbed(config: Path, folder: Path, overrides: list[str]) -> float | None:
+    if read_manifest(folder).get("status") == "done":
+        return None
+    started = time.monotonic()
+    Run(config, folder, overrides).wait()
+    return time.monotonic() - started
+
+
+def _show(
+    killed: Counter[str], verdicts: list[Verdict], seconds: float, plain_s: float | None, begun: int, out: Path
+) -> None:
+    table = Table(title=f"{sum(killed.values())} kills over {len(verdicts)} runs", title_justify="left")
+    table.add_column("what")
+    table.add_column("count", justify="right")
+    for kind in KINDS:
+        table.add_row(f"killed: {kind}", str(killed[kind]))
+    for name in ("rows_lost", "rows_doubled", "rows_different", "beyond_bound"):
+        table.add_row(name.replace("_", " "), str(sum(getattr(verdict, name) for verdict in verdicts)))
+    table.add_row("runs with other weights", str(sum(verdict.weights_differ for verdict in verdicts)))
+    table.add_row("times a run was begun", str(begun))
+    again = [_repeated(folder) for folder in sorted(out.glob("disturbed-*/logs"))]
+    table.add_row("updates done again", str(sum(updates for updates, _ in again)))
+    table.add_row("groups sampled again", str(sum(groups for _, groups in again)))
+    table.add_row("seconds", f"{seconds:.0f}")
+    if plain_s is not None:
+        table.add_row("seconds lost per kill", f"{(seconds - plain_s * len(verdicts)) / sum(killed.values()):.1f}")
+    Console().print(table)
+
+
+def _repeated(logs: Path) -> tuple[int, int]:
+    """(updates, groups) that the processes' logs hold more than once."""
+    updates = _beyond_first(logs.glob("learner-0.log"), r"update (\d+) done")
+    groups = _beyond_first(logs.glob("rollout-*.log"), r"sampled (\S+ \S+ \S+)")
+    return updates, groups
+
+
+def _beyond_first(paths, pattern: str) -> int:
+    found = [match for path in paths for match in re.findall(pattern, path.read_text(errors="replace"))]
+    return len(found) - len(set(found))
+
+
+if __name__ == "__main__":
+    main()

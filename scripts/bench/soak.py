@@ -1,0 +1,138 @@
+"""Does a long run stay as small as it began? An hour of async self-play on the tiny models; memory, open files, threads of
+every process and the object store, read at 5, 30 and 60 minutes.
+
+    python scripts/bench/soak.py --minutes 5 30 60 --out runs/soak
+
+Exit code 1 if something has grown by more than --slack between the first and the last reading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[2]
+# Many short iterations of several passes each: everything that happens in a run, evaluations and saving too, happens often.
+LONG = ("schedule.iterations=48", "learner.epochs=24", "learner.checkpoint_every=8")
+NAMED = {
+    "RolloutWorker": "rollout",
+    "JudgeWorker": "judge",
+    "BufferActor": "buffer",
+    "WeightsHub": "weights",
+    "RayTrainWorker": "learner rank",
+    "LearnerActor": "learner",
+    "TrainController": "train controller",
+}
+
+Reading = dict[str, tuple[float, int, int]]  # by process: MiB of its own, open files, threads
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, nargs="+", default=[5, 30, 60])
+    parser.add_argument("--out", type=Path, default=Path("runs/soak"))
+    parser.add_argument("--slack", type=float, default=0.03)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/tiny_cpu_async.yaml")
+    parser.add_argument("overrides", nargs="*", help="key=value")
+    options = parser.parse_args()
+    command = ["--config", str(options.config), f"run.dir={options.out}", *LONG, *options.overrides]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.with_suffix(".log").open("wb") as log:
+        run = psutil.Popen([sys.executable, "-m", "sppo_ray", "train", *command], cwd=ROOT, stdout=log, stderr=log)
+        try:
+            readings = _follow(run, sorted(options.minutes))
+        finally:
+            run.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.wait(120)
+    _show(readings)
+    grown = _grown(readings, options.slack)
+    for line in grown:
+        print(line, file=sys.stderr)
+    sys.exit(1 if grown else 0)
+
+
+def _follow(run: psutil.Popen, minutes: list[float]) -> dict[float, Reading]:
+    began, readings = time.monotonic(), {}
+    for mark in minutes:
+        while time.monotonic() - began < 60 * mark:
+            if run.poll() is not None:
+                sys.exit(f"the run ended (exit code {run.returncode}) before {mark:g} minutes")
+            time.sleep(1)
+        readings[mark] = read(run)
+    return readings
+
+
+def read(run: psutil.Process) -> Reading:
+    """Of the driver and all processes under it, the largest of five readings in as many seconds: work comes in waves."""
+    most: Reading = {}
+    for _ in range(5):
+        for process in (run, *run.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                name, now = _name(process, run), process.memory_info()
+                if name is None:
+                    continue
+                figures = (now.rss - now.shared) / 2**20, process.num_fds(), process.num_threads()
+                most[name] = tuple(map(max, figures, most.get(name, figures)))
+                if name == "raylet":
+                    store = _store_mib(process)
+                    most["object store"] = (max(store, most.get("object store", (store,))[0]), 0, 0)
+        time.sleep(1)
+    return most
+
+
+def _name(process: psutil.Process, run: psutil.Process) -> str | None:
+    """None: a process that comes and goes, such as an idle worker."""
+    if process.pid == run.pid:
+        return "driver"
+    title = " ".join(process.cmdline())
+    if found := re.match(r"ray::(\w+)", title):
+        return NAMED.get(found[1])
+    for name in ("gcs_server", "raylet", "dashboard.py", "monitor.py", "log_monitor.py"):
+        if name in title:
+            return name
+    return None
+
+
+def _store_mib(raylet: psutil.Process) -> float:
+    """What the object store has touched of its memory."""
+    blocks = 0
+    for link in Path(f"/proc/{raylet.pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if "plasma" in str(link.readlink()):
+                blocks += link.stat().st_blocks
+    return blocks * 512 / 2**20
+
+
+def _grown(readings: dict[float, Reading], slack: float) -> list[str]:
+    first, last = readings[min(readings)], readings[max(readings)]
+    return [
+        f"{name}: {what} grew from {before:g} to {after:g}"
+        for name in first.keys() & last.keys()
+        for what, before, after in zip(("MiB", "open files", "threads"), first[name], last[name], strict=True)
+        if after > before * (1 + slack)
+    ]
+
+
+def _show(readings: dict[float, Reading]) -> None:
+    table = Table(title="MiB of its own, open files, threads", title_justify="left")
+    table.add_column("process")
+    for mark in readings:
+        table.add_column(f"{mark:g} min", justify="right")
+    for name in sorted(set().union(*readings.values())):
+        cells = (reading.get(name) for reading in readings.values())
+        table.add_row(name, *("-" if c is None else f"{c[0]:.1f}  {c[1]:>3}  {c[2]:>3}" for c in cells))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Before a run goes on: what a killed process left is cleared, and what the disk did not keep as it was written is found by
+its checksum.
+
+    ledger shard                        set aside, its groups are made again (`Ledger.read`)
+    train.parquet                       made again from generated.parquet
+    generated.parquet, not yet trained  set aside, its groups are made again
+    reference.parquet, not yet trained  set aside, computed again
+    policy the run goes on from         StorageError: only the user knows of a copy
+    of a trained iteration else         said, nothing needs it
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sppo_ray.atomic import checksum_of, sync
+from sppo_ray.config import Config
+from sppo_ray.ledger import POLICY_FILES, REFERENCE, SEALED, TABLES, TRAINED, Ledger, read_record
+from sppo_ray.storage import StorageError
+from sppo_ray.tables import SealedRow, train_table
+
+GENERATED, TRAIN = "generated.parquet", "train.parquet"
+
+
+def recover(config: Config) -> list[str]:
+    """Call it before anything else uses the run directory; reads every file on record once. Returns what to tell the user.
+
+    Raises StorageError, which says what to do, if the policy that the run would go on from is damaged.
+    """
+    ledger, said = Ledger(config), []
+    _clear(ledger.root)
+    last = ledger.last_trained()
+    for iteration in range(1, config.schedule.iterations + 1):
+        folder = ledger.folder(iteration)
+        if (folder / TRAINED).exists():
+            goes_on = last is not None and last.iteration == iteration < config.schedule.iterations
+            said += _check_policy(folder, iteration, goes_on)
+        if (folder / SEALED).exists():
+            said += _check_tables(ledger, iteration)
+        if (folder / SEALED).exists():
+            shutil.rmtree(folder / "ledger", ignore_errors=True)
+        _clear(folder)
+        _clear(folder / "ledger")
+    return said
+
+
+def _clear(folder: Path) -> None:
+    """Temporary files and folders of writers that were killed."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _check_policy(folder: Path, iteration: int, goes_on: bool) -> list[str]:
+    """goes_on: the run would start from this policy."""
+    damaged = _damaged(folder / "policy", read_record(folder / TRAINED).get(POLICY_FILES, {}))
+    if damaged and goes_on:
+        raise StorageError(
+            f"{_names(damaged)} of the policy in {folder / 'policy'} is not what was written, and the run would go on from it. "
+            f"Put back a whole copy (run.mirror's, if there is one), or delete {folder / TRAINED}: iteration {iteration} "
+            "is then trained again from its tables."
+        )
+    return (
+        [f"{_names(damaged)} in {folder / 'policy'} is not what was written; the run does not need it"]
+        if damaged
+        else []
+    )
+
+
+def _check_tables(ledger: Ledger, iteration: int) -> list[str]:
+    folder, record = ledger.folder(iteration), read_record(ledger.folder(iteration) / SEALED)
+    trained = (folder / TRAINED).exists()
+    damaged = _damaged(folder, record.get(TABLES, {}))
+    if not damaged:
+        return []
+    what = f"{_names(damaged)} in {folder} is not what was written"
+    if GENERATED in damaged:
+        if trained:
+            return [f"{what}; it is trained already, and the run does not need it"]
+        _unseal(folder, damaged)
+        return [f"{what}; set aside, and the groups of iteration {iteration} are made again"]
+    said = []
+    if TRAIN in damaged:
+        said.append(_remake_train(ledger, iteration, record, trained))
+    if REFERENCE in damaged:
+        _set_aside(folder / REFERENCE)
+        said.append("it is not needed any more" if trained else "the reference is computed again")
+    return [f"{what}; {'; '.join(said)}"]
+
+
+def _remake_train(ledger: Ledger, iteration: int, record: dict[str, dict[str, str]], trained: bool) -> str:
+    folder = ledger.folder(iteration)
+    table = pq.read_table(folder / GENERATED)
+    if (rows := _rows(ledger, iteration, table)) is not None:
+        checksum = ledger.write_table(iteration, TRAIN, train_table(table, ledger.config, iteration, rows))
+        record[TABLES][TRAIN] = checksum
+        ledger.write_record(folder / SEALED, record)
+    elif trained:
+        return "the run does not need it"
+    else:  # sealing it again makes it
+        ledger.append_table(iteration, table)
+        _unseal(folder, [TRAIN])
+    return f"{TRAIN} is made again from {GENERATED}"
+
+
+def _rows(ledger: Ledger, iteration: int, table: pa.Table) -> list[SealedRow] | None:
+    """What became of each row of the generated table; None where only the schedule knows."""
+    names, epochs = table["prompt_id"].to_pylist(), table["epoch"].to_pylist()
+    if ledger.config.schedule.mode == "sync":
+        return [SealedRow(name) for name in names]
+    taken = [(b.epoch, b.step + 1, b.version) for b in ledger.batches(iteration) for _ in b.groups]
+    if [epoch for epoch, _, _ in taken] != epochs:
+        return None
+    return [SealedRow(name, *what) for name, what in zip(names, taken, strict=True)]
+
+
+def _unseal(folder: Path, damaged: Sequence[str]) -> None:
+    """Sealed tables are written over when the slice is sealed again; a reference is of these tables alone."""
+    (folder / SEALED).unlink()
+    sync(folder)
+    for name in {*damaged, REFERENCE}:
+        _set_aside(folder / name)
+
+
+def _set_aside(path: Path) -> None:
+    if path.exists():
+        path.rename(path.with_name(f"{path.name}.corrupt"))
+
+
+def _damaged(folder: Path, checksums: Mapping[str, str]) -> list[str]:
+    """Files that are not there or not what they were; runs of before there were checksums have none on record."""
+    return [
+        name
+        for name, checksum in checksums.items()
+        if not (folder / name).is_file() or checksum_of(folder / name) != checksum
+    ]
+
+
+def _names(files: Sequence[str]) -> str:
+    return ", ".join(files)

@@ -1,0 +1,38 @@
+"""Every kind of process of a run is killed, and what the run made is compared with an undisturbed one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.actors.job_runs import ROOT, SLOW, SMALL, sppo, train
+
+KINDS = 8  # of processes
+
+
+@pytest.mark.timeout(600)
+def test_every_kind_is_killed_and_the_tables_and_weights_are_the_same(whole, tmp_path):
+    chaos(tmp_path, "tiny_cpu", undisturbed=whole[0], seed=3)
+
+
+@pytest.mark.timeout(600)
+def test_async_every_kind_is_killed_and_the_bound_holds(tmp_path):
+    undisturbed = tmp_path / "undisturbed"
+    process = sppo(*train(undisturbed, "tiny_cpu_async"))
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    chaos(tmp_path, "tiny_cpu_async", undisturbed, seed=4)
+
+
+def chaos(out: Path, config: str, undisturbed: Path, seed: int) -> None:
+    command = [
+        sys.executable, "scripts/bench/chaos.py", f"--kills={KINDS}", f"--seed={seed}", f"--out={out}",
+        f"--config=configs/{config}.yaml", f"--undisturbed={undisturbed}", "--pause", "0.5", "2", *SMALL, *SLOW,
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for kind in ("rollout", "judge", "buffer", "weights", "learner", "controller", "driver", "power"):
+        assert f"killed {kind}" in done.stderr

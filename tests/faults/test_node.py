@@ -1,0 +1,33 @@
+"""A node dies with the workers on it: others take over on the nodes that are left, and the tables are the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.actors.job_runs import ROOT, SLOW, SMALL
+
+
+@pytest.mark.timeout(500)
+def test_a_node_dies(whole, tmp_path):
+    command = [sys.executable, "-m", "tests.faults.two_nodes", str(tmp_path / "run"), *SMALL, *SLOW]
+    environ = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "a-token-for-this-test-of-thirty-two-characters",
+    }
+    done = subprocess.run(
+        command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True, timeout=450, check=True
+    )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["exit"] == 0, found["output"]
+    assert found["killed"]
+    for iteration in (1, 2):
+        mine, undisturbed = (
+            pq.read_table(folder / f"iter_{iteration}/train.parquet") for folder in (tmp_path / "run", whole[0])
+        )
+        assert mine.equals(undisturbed)

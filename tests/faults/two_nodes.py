@@ -1,0 +1,41 @@
+"""A run on a cluster of two nodes, one of which is killed. A process of its own: `python two_nodes.py RUN_DIR overrides...`.
+
+The head holds little, so that half of the workers are on the other node; another node joins when that one is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.state import list_actors
+
+from tests.actors.job_runs import ROOT, shards, wait_for
+
+
+def main() -> None:
+    run_dir, *overrides = sys.argv[1:]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True})
+    other = cluster.add_node(num_cpus=4)
+    command = [
+        sys.executable, "-m", "sppo_ray", "train", "--config", "configs/tiny_cpu.yaml", f"run.dir={run_dir}",
+        f"cluster.address={cluster.address}", "rollout.num_workers=2", "judge.num_workers=2", *overrides,
+    ]  # fmt: skip
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: run.poll() is not None or shards(Path(run_dir), 1) >= 2)
+    ray.init(cluster.address, namespace="watching")
+    there = [actor.name for actor in list_actors(filters=[("node_id", "=", other.node_id), ("state", "=", "ALIVE")])]
+    cluster.add_node(num_cpus=4)
+    cluster.remove_node(other, allow_graceful=False)
+    output, _ = run.communicate(timeout=300)
+    print(json.dumps({"exit": run.returncode, "killed": there, "output": output}))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The mirror: what is in it is enough to go on elsewhere, at every moment; a store that fails harms nothing but the mirror."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from groups import config, judged
+
+from sppo_ray import mirror
+from sppo_ray.buffer import TrainingBuffer
+from sppo_ray.errors import ConfigError
+from sppo_ray.mirror import Mirror, check_mirror
+from sppo_ray.recovery import recover
+from sppo_ray.run_dir import check_run_dir, claim
+from sppo_ray.types import TrainedIteration, TrainTask
+
+NAMES = [f"p{i}" for i in range(10)]
+
+
+class Unsteady(MemoryFileSystem):
+    """Keeps files in memory; fails at the uploads whose numbers are given."""
+
+    protocol = "unsteady"
+    store: dict = {}  # noqa: RUF012 - as in the base class, but its own
+    pseudo_dirs = [""]  # noqa: RUF012
+    uploads, failing = 0, frozenset()
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("unsteady:/"))
+
+    def put_file(self, lpath, rpath, **kwargs):
+        Unsteady.uploads += 1
+        if Unsteady.uploads - 1 in Unsteady.failing:
+            super().pipe_file(rpath, b"half")
+            raise TimeoutError("the store does not answer")
+        super().put_file(lpath, rpath, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _stores(monkeypatch):
+    fsspec.register_implementation("unsteady", Unsteady, clobber=True)
+    for kind in (Unsteady, MemoryFileSystem):
+        kind.store.clear()
+    monkeypatch.setattr(Unsteady, "uploads", 0)
+    monkeypatch.setattr(Unsteady, "failing", frozenset())
+    monkeypatch.setattr(mirror, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(mirror, "EVERY_S", 0.01)
+
+
+def run(root: Path, url: str | None) -> TrainingBuffer:
+    """One iteration trained, the next one in the middle of collecting; with what is not to be mirrored beside it."""
+    cfg = config(root, run__mirror=url)
+    claim(cfg, {})
+    buffer = TrainingBuffer(cfg)
+    buffer.add([judged(name) for name in NAMES])
+    buffer.seal(1, NAMES)
+    buffer.record_reference(1, [(-1.0, -2.0)] * 10)
+    for name in ("iter_1/policy/model.safetensors", "logs/rollout-0.log", "weights/v1/model.safetensors"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"tensors")
+    buffer.saved(TrainedIteration(1, 1, 3, "sum", str(root / "iter_1/policy")))
+    buffer.add([judged(name, 2, version=1) for name in NAMES[:6]])
+    (root / "iter_2/ledger/.shard-000009.parquet.1.tmp").write_bytes(b"half")
+    checkpoint(root, 4)
+    return buffer
+
+
+def checkpoint(root: Path, step: int) -> None:
+    folder = root / f"checkpoints/step-{step}"
+    folder.mkdir(parents=True)
+    (folder / "rank-0.pt").write_bytes(b"state")
+    (folder / "COMPLETE").write_text("{}")
+
+
+def made(root: Path, url: str) -> tuple[Mirror, list[str], list[str]]:
+    said: list[str] = []
+    warned: list[str] = []
+    return Mirror(config(root, run__mirror=url), said.append, warned.append), said, warned
+
+
+def names_in(url: str) -> list[str]:
+    store, place = fsspec.core.url_to_fs(url)
+    return sorted(name.removeprefix(f"{place}/") for name in store.find(place))
+
+
+def goes_on(root: Path, url: str | None) -> None:
+    """From a copy of the mirror: the first iteration is done, the second one holds its six groups."""
+    cfg = config(root, run__mirror=url)
+    check_run_dir(cfg)
+    assert recover(cfg) == []
+    buffer = TrainingBuffer(cfg)
+    assert buffer.resume_point().step == 3
+    assert buffer.held(2) == set(NAMES[:6])
+    buffer.add([judged(name, 2, version=1) for name in NAMES])
+    buffer.seal(2, NAMES)
+    buffer.record_reference(2, [(-1.0, -2.0)] * 10)
+    buffer.release(2)
+    assert isinstance(buffer.next_task(3), TrainTask)
+
+
+@pytest.mark.parametrize("protocol", ["memory", "file"])
+def test_a_run_goes_on_from_a_copy_of_the_mirror(tmp_path, protocol):
+    url = "memory://bucket/run" if protocol == "memory" else f"file://{tmp_path}/backup/run"
+    run(tmp_path / "run", url)
+    made(tmp_path / "run", url)[0].copy()
+    store, place = fsspec.core.url_to_fs(url)
+    store.get(place, str(tmp_path / "elsewhere"), recursive=True)
+    assert not {"logs", "weights"} & set(os.listdir(tmp_path / "elsewhere"))
+    assert not [name for name in names_in(url) if name.endswith((".tmp", ".part"))]
+    shutil.rmtree(tmp_path / "run")
+    goes_on(tmp_path / "elsewhere", url)
+    check_mirror(config(tmp_path / "elsewhere", run__mirror=url))  # the same run, at another place
+
+
+def test_only_what_changed_is_copied_again(tmp_path):
+    run(tmp_path / "run", "unsteady://m")
+    made(tmp_path / "run", "unsteady://m")[0].copy()
+    first, Unsteady.uploads = Unsteady.uploads, 0
+    assert first == len(names_in("unsteady://m"))
+    again, _, _ = made(tmp_path / "run", "unsteady://m")  # of a run that goes on
+    again.copy()
+    assert Unsteady.uploads == 0
+    (tmp_path / "run/manifest.json").write_text(json.dumps({"started": "then", "status": "done"}))
+    again.copy()
+    assert Unsteady.uploads == 1
+    Unsteady.store.pop("/m/config.yaml")  # somebody removed it
+    made(tmp_path / "run", "unsteady://m")[0].copy()
+    assert Unsteady.uploads == 2
+    assert "config.yaml" in names_in("unsteady://m")
+
+
+def test_nothing_is_deleted_but_old_checkpoints(tmp_path):
+    root = tmp_path / "run"
+    buffer = run(root, "memory://m")
+    copier, _, _ = made(root, "memory://m")
+    copier.copy()
+    shutil.rmtree(root / "checkpoints/step-4")
+    checkpoint(root, 8)
+    buffer.add([judged(name, 2, version=1) for name in NAMES])
+    buffer.seal(2, NAMES)  # which removes its shards
+    copier.copy()
+    there = names_in("memory://m")
+    assert [name for name in there if name.startswith("checkpoints")] == [
+        "checkpoints/step-8/COMPLETE",
+        "checkpoints/step-8/rank-0.pt",
+    ]
+    assert any(name.startswith("iter_2/ledger/") for name in there)
+
+
+@pytest.mark.parametrize("failing", range(11))
+def test_whenever_the_machine_is_lost_the_mirror_is_a_run(tmp_path, failing):
+    """The store fails at one upload and the machine is never seen again: what is in the mirror goes on."""
+    url = "unsteady://m"
+    Unsteady.failing = frozenset([failing])
+    run(tmp_path / "run", url)
+    with pytest.raises(TimeoutError):
+        made(tmp_path / "run", url)[0].copy()
+    Unsteady.store = {name: file for name, file in Unsteady.store.items() if file.getvalue() != b"half"}
+    store, place = fsspec.core.url_to_fs(url)
+    (tmp_path / "back").mkdir()
+    if store.exists(place):
+        store.get(f"{place}/", str(tmp_path / "back"), recursive=True)
+    cfg = config(tmp_path / "back", run__mirror=url)
+    assert recover(cfg) == []
+    buffer = TrainingBuffer(cfg)
+    if (tmp_path / "back/iter_1/trained.json").exists():
+        return goes_on_as_far(buffer)
+    buffer.add([judged(name) for name in NAMES])
+    buffer.seal(1, NAMES)
+
+
+def goes_on_as_far(buffer: TrainingBuffer) -> None:
+    assert buffer.resume_point().step == 3
+    assert buffer.held(2) in (set(), set(NAMES[:6]))
+
+
+async def test_a_store_that_fails_for_a_while_is_said_once(tmp_path):
+    root = tmp_path / "run"
+    run(root, "unsteady://m")
+    Unsteady.failing = frozenset(range(3, 8))
+    copier, said, warned = made(root, "unsteady://m")
+    following = asyncio.create_task(copier.follow())
+    while not said:
+        await asyncio.sleep(0.01)
+    following.cancel()
+    assert len(warned) == len(said) == 1
+    assert "the store does not answer" in warned[0]
+    assert "up to date" in said[0]
+    (root / "metrics.jsonl").write_text('{"step": 1}\n')
+    await copier.finish()
+    assert fsspec.filesystem("unsteady").cat_file("/m/metrics.jsonl") == b'{"step": 1}\n'
+    fsspec.filesystem("unsteady").get("/m", str(tmp_path / "elsewhere"), recursive=True)
+    goes_on(tmp_path / "elsewhere", "unsteady://m")
+
+
+async def test_a_store_that_fails_to_the_end_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(mirror, "LAST_PASS_S", 0.02)
+    run(tmp_path / "run", "unsteady://m")
+    Unsteady.failing = frozenset(range(1000))
+    copier, said, warned = made(tmp_path / "run", "unsteady://m")
+    await copier.finish()
+    assert said == []
+    assert "not complete" in warned[-1]
+    assert "by hand" in warned[-1]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("backups/run", "not a URL"),
+        ("nosuch://bucket/run", "nosuch"),
+        ("simplecache::s3://bucket/run", "one folder"),
+        ("file://{root}", "lies in run.dir"),
+        ("file://{root}/mirror", "lies in run.dir"),
+        ("file://{other}", "holds another run"),
+    ],
+)
+def test_a_mirror_that_cannot_be_is_refused(tmp_path, url, message):
+    claim(config(tmp_path / "other"), {})
+    (tmp_path / "other/manifest.json").write_text('{"started": "long ago"}')
+    url = url.format(root=tmp_path / "run", other=tmp_path / "other")
+    with pytest.raises(ConfigError, match=message):
+        check_mirror(config(tmp_path / "run", run__mirror=url))
+
+
+def test_no_mirror_and_a_new_one_are_fine(tmp_path):
+    check_mirror(config(tmp_path / "run"))
+    check_mirror(config(tmp_path / "run", run__mirror=f"file://{tmp_path}/backup"))
+    check_mirror(config(tmp_path / "run", run__mirror="memory://bucket"))

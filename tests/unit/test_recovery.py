@@ -1,0 +1,232 @@
+"""Flipped bits, truncated and missing files of the record: found before the run goes on, made again where that can be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from groups import config, judged
+
+from sppo_ray.async_buffer import AsyncBuffer
+from sppo_ray.atomic import checksums_of
+from sppo_ray.buffer import TrainingBuffer
+from sppo_ray.ledger import Ledger
+from sppo_ray.recovery import recover
+from sppo_ray.storage import StorageError
+from sppo_ray.types import Publication, ReferenceTask, TrainedIteration, TrainTask
+
+NAMES = [f"p{i}" for i in range(10)]
+LOGPS = [(-float(i), -2.0 * i) for i in range(10)]
+
+
+def sealed(cfg) -> TrainingBuffer:
+    buffer = TrainingBuffer(cfg)
+    buffer.add([judged(name) for name in NAMES])
+    buffer.seal(1, NAMES)
+    buffer.record_reference(1, LOGPS)
+    return buffer
+
+
+def trained(cfg) -> TrainingBuffer:
+    buffer = sealed(cfg)
+    policy = Path(cfg.run.dir) / "iter_1/policy"
+    policy.mkdir()
+    (policy / "config.json").write_text("{}")
+    (policy / "model.safetensors").write_bytes(bytes(range(256)))
+    buffer.saved(TrainedIteration(1, 1, 3, "sum", str(policy)))
+    return buffer
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+DAMAGES = pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+
+
+def test_what_is_whole_stays(tmp_path):
+    cfg = config(tmp_path)
+    trained(cfg)
+    before = checksums_of(tmp_path / "iter_1")
+    assert recover(cfg) == []
+    assert checksums_of(tmp_path / "iter_1") == before
+    assert recover(config(tmp_path / "new")) == []
+
+
+def test_a_run_without_checksums_on_record_goes_on(tmp_path):
+    cfg = config(tmp_path)
+    sealed(cfg)
+    path = tmp_path / "iter_1/sealed.json"
+    record = json.loads(path.read_text())
+    del record["tables"]
+    path.write_text(json.dumps(record))
+    assert recover(cfg) == []
+    again = TrainingBuffer(cfg)
+    again.release(1)
+    assert isinstance(again.next_task(0), TrainTask)
+
+
+@DAMAGES
+def test_damaged_groups_of_an_untrained_slice_are_made_again(tmp_path, damage):
+    cfg = config(tmp_path)
+    before = sealed(cfg).ledger.generated(1)
+    damage(tmp_path / "iter_1/generated.parquet")
+    (said,) = recover(cfg)
+    assert "generated.parquet" in said
+    assert "made again" in said
+    again = TrainingBuffer(cfg)
+    assert again.held(1) == set()
+    again.add([judged(name) for name in NAMES])
+    again.seal(1, NAMES)
+    again.release(1)
+    assert isinstance(again.next_task(0), ReferenceTask)  # it was of tables that are gone
+    assert again.ledger.generated(1).equals(before)
+    assert recover(cfg) == []
+
+
+@DAMAGES
+@pytest.mark.parametrize("prepare", [sealed, trained])
+def test_a_damaged_train_table_is_made_again(tmp_path, damage, prepare):
+    cfg = config(tmp_path)
+    prepare(cfg)
+    path = tmp_path / "iter_1/train.parquet"
+    before = path.read_bytes()
+    damage(path)
+    (said,) = recover(cfg)
+    assert "train.parquet is made again from generated.parquet" in said
+    assert path.read_bytes() == before
+    assert Ledger(cfg).reference(1) == LOGPS
+    assert recover(cfg) == []
+
+
+@DAMAGES
+def test_a_damaged_reference_is_computed_again(tmp_path, damage):
+    cfg = config(tmp_path)
+    sealed(cfg)
+    damage(tmp_path / "iter_1/reference.parquet")
+    assert "computed again" in recover(cfg)[0]
+    again = TrainingBuffer(cfg)
+    again.release(1)
+    assert isinstance(again.next_task(0), ReferenceTask)
+    again.record_reference(1, LOGPS)
+    assert recover(cfg) == []
+
+
+def test_a_reference_whose_checksum_was_not_written_yet_is_computed_again(tmp_path):
+    cfg = config(tmp_path)
+    sealed(cfg)
+    path = tmp_path / "iter_1/sealed.json"
+    record = json.loads(path.read_text())
+    del record["tables"]["reference.parquet"]
+    path.write_text(json.dumps(record))
+    assert Ledger(cfg).reference(1) is None
+
+
+@DAMAGES
+def test_the_policy_to_go_on_from_must_be_whole(tmp_path, damage):
+    cfg = config(tmp_path)
+    trained(cfg)
+    damage(tmp_path / "iter_1/policy/model.safetensors")
+    with pytest.raises(StorageError, match=r"model\.safetensors.*delete.*trained\.json"):
+        recover(cfg)
+    (tmp_path / "iter_1/trained.json").unlink()  # as the message says
+    assert recover(cfg) == []
+    again = TrainingBuffer(cfg)
+    again.release(1)
+    assert isinstance(again.next_task(0), TrainTask)
+
+
+def test_a_policy_that_nothing_needs_is_only_named(tmp_path):
+    cfg = config(tmp_path, schedule__iterations=1)
+    trained(cfg)
+    flip(tmp_path / "iter_1/policy/model.safetensors")
+    (said,) = recover(cfg)
+    assert "model.safetensors" in said
+
+
+def test_trained_groups_that_are_damaged_are_only_named(tmp_path):
+    cfg = config(tmp_path)
+    trained(cfg)
+    flip(tmp_path / "iter_1/generated.parquet")
+    (said,) = recover(cfg)
+    assert "generated.parquet" in said
+    assert TrainingBuffer(cfg).last_trained().iteration == 1
+
+
+@pytest.mark.parametrize("name", ["sealed.json", "trained.json"])
+def test_a_damaged_marker_is_named(tmp_path, name):
+    cfg = config(tmp_path)
+    trained(cfg)
+    cut(tmp_path / "iter_1" / name)
+    with pytest.raises(StorageError, match=f"{name} is damaged"):
+        recover(cfg)
+
+
+def test_what_a_killed_writer_left_is_cleared(tmp_path):
+    cfg = config(tmp_path)
+    sealed(cfg)
+    for path in ("ledger/shard-000000-x.parquet", ".train.parquet.123.tmp", ".policy.123.tmp/part-0.safetensors"):
+        (tmp_path / "iter_1" / path).parent.mkdir(exist_ok=True)
+        (tmp_path / "iter_1" / path).touch()
+    (tmp_path / ".manifest.json.123.tmp").touch()
+    assert recover(cfg) == []
+    left = sorted(path.name for path in (tmp_path / "iter_1").iterdir())
+    assert left == ["generated.parquet", "reference.parquet", "sealed.json", "train.parquet"]
+    assert not (tmp_path / ".manifest.json.123.tmp").exists()
+
+
+def sealed_async(root: Path) -> AsyncBuffer:
+    """Three updates on two groups each, a publish after each of them; sealed, not saved."""
+    overrides = {"schedule__mode": "async", "schedule__max_staleness": 0, "schedule__iterations": 1}
+    cfg = config(root, **overrides, weights__publish_every=1, learner__batch_size=2)
+    buffer = AsyncBuffer(cfg, [NAMES[:6]])
+    buffer.evaluated(0)
+    for step in range(3):
+        buffer.add([judged(f"p{ticket.index}", 1, version=step) for ticket in buffer.admit(2)])
+        assert isinstance(buffer.next_task(step), TrainTask)
+        if step < 2:
+            buffer.published(Publication(step + 1, step + 1, 1, False, "c", 0.0))
+            buffer.serve(step + 1)
+    buffer.seal(1, NAMES[:6])
+    return buffer
+
+
+def test_async_a_damaged_train_table_is_made_again(tmp_path):
+    cfg = sealed_async(tmp_path).config
+    path = tmp_path / "iter_1/train.parquet"
+    before = path.read_bytes()
+    flip(path)
+    assert "made again from generated.parquet" in recover(cfg)[0]
+    assert path.read_bytes() == before
+
+
+def test_async_where_only_the_schedule_can_make_it_the_slice_is_sealed_again(tmp_path):
+    cfg = sealed_async(tmp_path).config
+    path = tmp_path / "iter_1/train.parquet"
+    before = path.read_bytes()
+    flip(path)
+    batches = tmp_path / "iter_1/batches.jsonl"
+    kept = batches.read_bytes()
+    batches.write_bytes(b"")  # as in slice order, where batches are not written down
+    recover(cfg)
+    batches.write_bytes(kept)
+    again = AsyncBuffer(cfg, [NAMES[:6]])
+    assert again.collected(1)
+    again.seal(1, NAMES[:6])
+    assert path.read_bytes() == before
+
+
+def test_async_damaged_groups_are_sampled_again(tmp_path):
+    cfg = sealed_async(tmp_path).config
+    flip(tmp_path / "iter_1/generated.parquet")
+    assert "made again" in recover(cfg)[0]
+    again = AsyncBuffer(cfg, [NAMES[:6]])
+    assert [ticket.number for ticket in again.admit(10)] == [0, 1]  # from the first update on
+    assert again.resume_point().up_to == 0

@@ -1,0 +1,82 @@
+"""Nothing that is read is run: no call in the packages that executes data, or hands a text to a shell."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FORBIDDEN = {
+    "yaml.load": "yaml.safe_load, or a loader derived from yaml.SafeLoader",
+    "yaml.load_all": "yaml.safe_load_all",
+    "yaml.unsafe_load": "yaml.safe_load",
+    "yaml.full_load": "yaml.safe_load",
+    "pickle.load": "safetensors or JSON",
+    "pickle.loads": "safetensors or JSON",
+    "cloudpickle.load": "safetensors or JSON",
+    "cloudpickle.loads": "safetensors or JSON",
+    "joblib.load": "safetensors or JSON",
+    "torch.load": "weights_only=True",
+    "np.load": "allow_pickle left alone",
+    "eval": "a parser",
+    "exec": "a function",
+    "os.system": "subprocess with a list",
+    "os.popen": "subprocess with a list",
+}
+
+
+def unsafe_calls(source: str) -> Iterator[str]:
+    """'line N: what, use instead' of every such call."""
+    tree = ast.parse(source)
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    safe_loaders = {node.name for node in classes if [ast.unparse(base) for base in node.bases] == ["yaml.SafeLoader"]}
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+        loader = given.get("Loader") or (ast.unparse(node.args[1]) if len(node.args) > 1 else None)
+        allowed = (
+            (name == "torch.load" and given.get("weights_only") == "True")
+            or (name == "np.load" and given.get("allow_pickle", "False") == "False")
+            or (name == "yaml.load" and loader in safe_loaders)
+        )
+        if name in FORBIDDEN and not allowed:
+            yield f"line {node.lineno}: {name}; use {FORBIDDEN[name]}"
+        if given.get("shell", "False") != "False":
+            yield f"line {node.lineno}: shell={given['shell']}; give subprocess a list"
+        if given.get("trust_remote_code") == "True":
+            yield f"line {node.lineno}: trust_remote_code=True; take it from the config"
+
+
+@pytest.mark.parametrize("package", ["sppo_ray", "actors", "scripts"])
+def test_no_unsafe_call(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    found = [f"{path.relative_to(ROOT)}, {call}" for path in files for call in unsafe_calls(path.read_text())]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("source", "unsafe"),
+    [
+        ("torch.load(path)", True),
+        ("torch.load(path, weights_only=False)", True),
+        ("torch.load(path, map_location='cpu', weights_only=True)", False),
+        ("yaml.load(text, Loader=yaml.Loader)", True),
+        ("class L(yaml.Loader): pass\nyaml.load(text, L)", True),
+        ("class L(yaml.SafeLoader): pass\nyaml.load(text, L)", False),
+        ("yaml.safe_load(text)", False),
+        ("pickle.loads(data)", True),
+        ("np.load(path, allow_pickle=True)", True),
+        ("np.load(path)", False),
+        ("eval(text)", True),
+        ("model.eval()", False),
+        ("subprocess.run(command, shell=True)", True),
+        ("subprocess.run(command)", False),
+        ("AutoModel.from_pretrained(path, trust_remote_code=True)", True),
+        ("AutoModel.from_pretrained(path, trust_remote_code=config.policy.trust_remote_code)", False),
+    ],
+)
+def test_what_counts_as_unsafe(source: str, unsafe: bool) -> None:
+    assert bool(list(unsafe_calls(source))) == unsafe
