@@ -8,7 +8,6 @@ import os
 import time
 import traceback
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,10 @@ def _loop(config: Config, buffer: Any, hub: Any, watcher: Any, takes_turns: bool
     source = local_folder(start.policy_dir)
     ranks.way.at("loading the policy", start.step)
     engine = TrainingEngine(config, source, ranks, takes_turns)
-    hear = partial(buffer.report_trouble.remote, f"{NAME}-{ranks.rank}")
+
+    def hear(trouble: str) -> None:
+        buffer.report_trouble.remote(f"{NAME}-{ranks.rank}", trouble)
+
     storage = Storage(config.run.storage_patience_s, hear)
     checkpoints = Checkpoints(config, ranks, engine.state, storage)
     step = checkpoints.resume(start)
