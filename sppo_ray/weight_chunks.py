@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import xxhash
 
+GROWTH = 128  # the first chunk is this much smaller than the largest
 ALIGNMENT = 64  # bytes; the object store's own alignment, enough for every dtype and for vector loads
 
 
@@ -30,7 +31,8 @@ class WeightChunk:
 
 
 def pack(named_tensors: Iterable[tuple[str, torch.Tensor]], chunk_bytes: int) -> Iterator[WeightChunk]:
-    """Pack tensors, in order, into chunks of at most `chunk_bytes`.
+    """Pack tensors, in order, into chunks of at most `chunk_bytes`. The first is smaller and those that follow double, so that
+    a small policy, too, is never in memory as a whole beside itself.
 
     Each tensor is copied as it arrives and not kept: the source may free it at once (a ZeRO-3 gather does), and no more
     than the chunk being filled is held here. A tensor is never split, so one larger than `chunk_bytes` is a chunk by
@@ -38,10 +40,11 @@ def pack(named_tensors: Iterable[tuple[str, torch.Tensor]], chunk_bytes: int) ->
     """
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
-    filling = _Filling(chunk_bytes)
+    filling = _Filling(max(1, chunk_bytes // GROWTH))
     for name, tensor in named_tensors:
         if filling.names and not filling.fits(tensor):
             yield filling.take()
+            filling.chunk_bytes = min(chunk_bytes, 2 * filling.chunk_bytes)
         filling.add(name, tensor)
         del tensor  # before the source makes the next one
     if filling.names:

@@ -11,6 +11,7 @@ from tests.actors.job_runs import PLANTED, sppo, train
 SHARED = {"whole": "jobs", "head": "jobs", "ray_local": "ray"}  # by session fixture
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups in this hook, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         used = getattr(item, "fixturenames", ())

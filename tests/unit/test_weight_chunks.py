@@ -64,6 +64,12 @@ def test_unpack_is_zero_copy_and_silent_on_read_only_arrays() -> None:
     assert all((pointer - start) % ALIGNMENT == 0 for pointer in pointers)
 
 
+def test_chunks_double_up_to_the_limit() -> None:
+    """Tensors of 256 bytes, at most 64 KiB a chunk: the first holds 64 KiB / 128 = 512 bytes, two tensors."""
+    chunks = pack(((f"w{i}", torch.zeros(64)) for i in range(1000)), 1 << 16)
+    assert [len(chunk.names) for chunk in chunks] == [2, 4, 8, 16, 32, 64, 128, 256, 256, 234]
+
+
 def test_a_chunk_carries_only_its_own_bytes() -> None:
     (chunk,) = pack([("w", torch.zeros(10))], 1 << 26)
     assert len(pickle.dumps(chunk, protocol=5)) < 1000
@@ -129,7 +135,7 @@ def test_a_tensor_that_comes_twice_is_refused() -> None:
 
 
 def test_a_short_array_is_refused() -> None:
-    (chunk,) = pack([("a", torch.zeros(2)), ("b", torch.zeros(2))], 1000)
+    (chunk,) = pack([("a", torch.zeros(2)), ("b", torch.zeros(2))], 1 << 20)
     cut = WeightChunk(chunk.names, chunk.dtypes, chunk.shapes, np.copy(chunk.data[:-1]))
     with pytest.raises(ValueError, match="ends before tensor 'b'"):
         list(unpack(cut))
