@@ -17,6 +17,7 @@ from ray._common.tls_utils import load_certs_from_env
 from ray._private import ray_constants
 from ray._private.services import canonicalize_bootstrap_address, parse_address
 
+from sppo_ray.atomic import whole_file
 from sppo_ray.errors import ConfigError
 
 Answer = Literal["open", "guarded", "silent"]
@@ -33,11 +34,13 @@ def ensure_token() -> None:
     if os.environ.get("RAY_AUTH_MODE", "token") != "token" or "RAY_AUTH_TOKEN" in os.environ:
         return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
+    if path.exists() and path.stat().st_size:  # an empty one is of a writer that was killed
+        return
+    with (
+        whole_file(path) as temporary,
+        os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file,
+    ):
+        file.write(secrets.token_hex(32))
 
 
 def stay_on_loopback() -> None:

@@ -12,7 +12,7 @@ from actors.buffer import NAME
 from actors.workers import call
 from sppo_ray.errors import GroupLost
 from sppo_ray.protocols import Handle
-from sppo_ray.types import Publication, SliceSummary, Ticket, TrainedIteration
+from sppo_ray.types import Look, Publication, SliceSummary, Ticket, TrainedIteration
 
 
 class BufferClient:
@@ -60,11 +60,8 @@ class BufferClient:
     async def record(self, line: Mapping[str, Any]) -> bool:
         return await self._call("record", line)
 
-    async def last_step(self) -> Mapping[str, Any]:
-        return await self._call("last_step")
-
-    async def trouble(self) -> str:
-        return await self._call("trouble")
+    async def look(self) -> Look:
+        return await self._call("look")
 
     async def _call(self, method: str, *args: Any) -> Any:
         return await call(self.actor, NAME, method, *args)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
@@ -21,6 +22,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from actors.process import assignment, environment, redirect_output
 from actors.rank_pulse import Member, Watchman, start_pulse
+from actors.ranks import Ranks, Way
+from actors.revival import RESTART_LIMIT_S
 from actors.workers import failure
 from sppo_ray.config import Config
 from sppo_ray.errors import LearnerError, SppoError, WorkerDied, WorkerFailed
@@ -36,6 +39,8 @@ from sppo_ray.types import (
     TrainedIteration,
     TrainTask,
 )
+
+logger = logging.getLogger(__name__)
 
 NAME = "learner"
 # Collectives give up by themselves so much later than the watchman, who names the rank: if he himself is gone.
@@ -59,15 +64,16 @@ def learner_loop(settings: dict[str, Any]) -> None:
 
 def _loop(config: Config, buffer: Any, hub: Any, watcher: Any, takes_turns: bool) -> None:
     """Rank 0 alone talks to the buffer and the hub (actor handles); all ranks do what it is told, in step."""
+    rank, way = ray.train.get_context().get_world_rank(), Way()
+    start_pulse(rank, way, watcher, config.learner.timeout_s)
+    redirect_output(config.run.dir, f"{NAME}-{rank}")
     # Imported here, in the worker: deepspeed and torch must see the worker's environment.
     from actors.checkpoint import Checkpoints
     from actors.policy_folder import local_folder
-    from actors.ranks import Ranks
     from actors.trainer_engine import TrainingEngine
 
-    redirect_output(config.run.dir, f"{NAME}-{ray.train.get_context().get_world_rank()}")
-    ranks = Ranks.join()
-    start_pulse(ranks, watcher, config.learner.timeout_s)
+    way.at("joining the other ranks")
+    ranks = replace(Ranks.join(), way=way)
     ranks.way.at("waiting for the buffer", limited=False)
     start = ranks.broadcast(ray.get(buffer.resume_point.remote()) if ranks.first else None)
     source = local_folder(start.policy_dir)
@@ -194,14 +200,11 @@ class LearnerActor:
 
     async def fit(self) -> None:
         """Returns at the StopTask. Raises WorkerDied with the failing rank's own error, or the names of those that hung."""
-        watching = asyncio.create_task(self._watchman.watch())
         try:
-            await asyncio.to_thread(self._trainer.fit)
+            await self._watchman.over(asyncio.to_thread(self._trainer.fit))
         except (TrainingFailedError, RayError) as error:
             found = self._watchman.said, describe_failure(error)
             raise WorkerDied("\n".join(filter(None, found))) from None
-        finally:
-            watching.cancel()
 
 
 class LearnerProcess:
@@ -213,8 +216,16 @@ class LearnerProcess:
         self._fit = actor.fit.remote()
 
     async def placed(self) -> list[Assignment]:
-        """Waits until every rank has loaded the policy (and offloaded it, where it takes turns). Raises WorkerFailed."""
-        return await self._answer(self._buffer.learner_placed.remote(), "every rank was ready")
+        """Waits until every rank has loaded the policy (and offloaded it, where it takes turns). Raises WorkerFailed;
+        WorkerDied if that takes longer than RESTART_LIMIT_S."""
+        try:
+            async with asyncio.timeout(RESTART_LIMIT_S):
+                return await self._answer(self._buffer.learner_placed.remote(), "every rank was ready")
+        except TimeoutError:
+            raise WorkerDied(
+                f"{NAME}: not every rank was ready after {RESTART_LIMIT_S:g} s; is there room for them in the cluster? "
+                f"Their logs are logs/{NAME}-*.log in the run directory."
+            ) from None
 
     async def train(self, iteration: int) -> TrainedIteration:
         """Raises LearnerError or WorkerFailed if the learner ends before the iteration's policy is published."""
@@ -226,8 +237,13 @@ class LearnerProcess:
             _result(self._fit)
 
     async def join(self, timeout_s: float) -> None:
-        """Wait until the learner is at its StopTask. Raises WorkerFailed if it failed, TimeoutError if it goes on."""
-        await asyncio.to_thread(_result, self._fit, timeout_s)
+        """Wait until the learner is at its StopTask, but no longer than this: it has nothing left to do. Raises WorkerFailed
+        if it failed."""
+        ended, _ = await asyncio.to_thread(ray.wait, [self._fit], timeout=timeout_s)
+        if ended:
+            _result(self._fit)
+        else:
+            logger.warning("%s: still running %g s after its last iteration; it ends with the run", NAME, timeout_s)
 
     async def _answer(self, reference: Any, event: str) -> Any:
         """The buffer's answer, which comes with `event`, unless the learner ends first."""
@@ -250,12 +266,10 @@ async def _awaited(reference: Any) -> Any:
     return await reference
 
 
-def _result(reference: Any, timeout_s: float | None = None) -> Any:
+def _result(reference: Any) -> Any:
     """What a finished call gave; our own errors as they were raised in the actor, Ray's as WorkerFailed."""
     try:
-        return ray.get(reference, timeout=timeout_s)
-    except GetTimeoutError:
-        raise TimeoutError(f"{NAME}: still running after {timeout_s} s") from None
+        return ray.get(reference)
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, SppoError) else failure(NAME, error)) from None
     except RayError as error:

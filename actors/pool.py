@@ -207,8 +207,10 @@ class RolloutPool(Pool):
         return published
 
     async def sleep(self) -> None:
+        """Nothing may run: there is a time limit, `weights.timeout_s`, after which a worker is started again."""
         if self._takes_turns:
-            await self._workers.on_each("sleep")  # after its return, if one is being started again
+            # After its return, if one is being started again.
+            await self._workers.on_each("sleep", limit_s=self._timeout_s)
 
 
 def _raise_together(errors: Sequence[BaseException]) -> None:

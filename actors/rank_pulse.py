@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from actors import stacks
-from actors.ranks import Ranks
+from actors.ranks import Way
 from sppo_ray.rank_watch import Place, RankWatch
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ AT_MOST_EVERY_S = 0.2
 class Member:
     """A rank's process."""
 
-    group: str  # one name for all ranks that were started together
+    group: str  # one name for all ranks that were started together: Ray Train gives each start a placement group
     rank: int
     handle: Any  # of its actor
     process: stacks.Place
@@ -40,19 +41,18 @@ def interval_s(timeout_s: float) -> float:
     return min(timeout_s / 10, 5.0)
 
 
-def start_pulse(ranks: Ranks, watcher: Any, timeout_s: float) -> None:
+def start_pulse(rank: int, way: Way, watcher: Any, timeout_s: float) -> None:
     """Tell `watcher` (the handle of a LearnerActor), from a thread and for as long as this process lives, where the rank
-    is: when it moves on, and at intervals. Collective."""
+    is: when it moves on, and at intervals. Not collective: to be called before anything that can hang."""
     context = ray.get_runtime_context()
-    group = ranks.broadcast(context.get_actor_id() if ranks.first else None)
-    member = Member(group, ranks.rank, context.current_actor, stacks.here())
+    member = Member(context.get_placement_group_id(), rank, context.current_actor, stacks.here())
 
     def beat() -> None:
         while True:
-            ranks.way.moved.clear()
-            watcher.beat.remote(member, ranks.way.place)
+            way.moved.clear()
+            watcher.beat.remote(member, way.place)
             time.sleep(AT_MOST_EVERY_S)
-            ranks.way.moved.wait(interval_s(timeout_s))
+            way.moved.wait(interval_s(timeout_s))
 
     threading.Thread(target=beat, name="pulse", daemon=True).start()
 
@@ -76,27 +76,35 @@ class Watchman:
         self._members[member.rank] = member
         self._watch.heard(member.rank, place, time.monotonic())
 
+    async def over(self, work: Coroutine[Any, Any, None]) -> None:
+        """Watch until `work` ends. Raises what it raises, or what ended the watch."""
+        working, watching = asyncio.create_task(work), asyncio.create_task(self.watch())
+        try:
+            await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
+            (working if working.done() else watching).result()
+        finally:
+            working.cancel()
+            watching.cancel()
+
     async def watch(self) -> None:
         """Until cancelled."""
         while True:
             await asyncio.sleep(interval_s(self._timeout_s))
-            hanging = [self._members[rank] for rank in self._watch.hanging(time.monotonic())]
-            if not hanging:
-                continue
-            if any(await asyncio.gather(*map(_is_dead, self._members.values()))):
-                self._forget()  # Ray Train is about to start them all again
-            else:
-                await self._end(hanging)
+            if ranks := self._watch.hanging(time.monotonic()):
+                text, hanging = self._watch.describe(ranks), [self._members[rank] for rank in ranks]
+                members = list(self._members.values())
+                self._forget()  # first: the next group may begin in the meantime
+                if not any(await asyncio.gather(*map(_is_dead, members))):
+                    await self._end(hanging, text)
+                # else Ray Train is about to start them all again
 
-    async def _end(self, hanging: list[Member]) -> None:
-        text = self._watch.describe([member.rank for member in hanging])
+    async def _end(self, hanging: list[Member], text: str) -> None:
         dumps = (stacks.dump(f"learner-{m.rank}", m.process.node_id, m.process.pid, self._run_dir) for m in hanging)
         paths = await asyncio.gather(*dumps)
         self.said = f"{text}. Where it hung: {', '.join(map(str, paths))}"
         logger.error("%s", self.said)
         for member in hanging:
             ray.kill(member.handle)
-        self._forget()
 
     def _forget(self) -> None:
         self._over |= {member.group for member in self._members.values()}

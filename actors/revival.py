@@ -19,7 +19,7 @@ from sppo_ray.errors import SppoError, WorkerDied, WorkerFailed
 
 logger = logging.getLogger(__name__)
 
-RESTART_LIMIT_S = 900.0  # for a worker to come back; loading a large model takes minutes
+RESTART_LIMIT_S = 900.0  # for a worker to serve, at its first start too; loading a large model takes minutes
 LOOK_S = 5.0  # between looks for workers that hang
 NAME_FREE_S = 0.2  # between tries to give a dead worker's name to the next: Ray frees it a moment after the death
 
@@ -111,12 +111,12 @@ class Revival:
                 # An error in the constructor at the very first start is no accident: the same would follow.
                 self._gone(worker, f"could not start: {describe(cause)}")
                 return
-            if self._create is None or worker.deaths > self._max_restarts:
+            if worker.deaths > self._max_restarts:
                 self._give_up(worker)
                 return
             await asyncio.sleep(back_off_s(worker.deaths))
             try:
-                await self._start_again(worker, self._create)
+                await self._start_again(worker)
                 return
             except (RayError, SppoError) as error:
                 cause = (error.__cause__ or error) if isinstance(error, WorkerLost) else error
@@ -129,14 +129,18 @@ class Revival:
             logger.error("%s Its stacks are in %s.", cause, path)
         ray.kill(worker.handle)
 
-    async def _start_again(self, worker: Worker, create: Callable[[str], ActorHandle]) -> None:
+    async def _start_again(self, worker: Worker) -> None:
+        assert self._create is not None, "without it no restart is allowed"
         try:
             async with asyncio.timeout(RESTART_LIMIT_S):
-                worker.handle = await _created(create, worker.name)
+                worker.handle = await _created(self._create, worker.name)
                 self.restarts += 1
                 worker.place = await worker.handle.ping.remote()  # a rollout worker has then caught up with the hub
         except TimeoutError:
-            raise WorkerFailed(f"{worker.name}: was started again but did not serve in {RESTART_LIMIT_S:g} s") from None
+            raise WorkerFailed(
+                f"{worker.name}: was started again but did not serve in {RESTART_LIMIT_S:g} s; is there room for it in the "
+                "cluster?"
+            ) from None
         await self._rejoin(worker)
         logger.warning("%s is back", worker.name)
 

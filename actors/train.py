@@ -5,38 +5,46 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import signal
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from rich.console import Console
 
+from actors.buffer import NAME as BUFFER
 from actors.build import Running, running
 from actors.cluster import connected
 from actors.fleet import Fleet
+from actors.tally import Tally
+from actors.weights import NAME as WEIGHTS
+from actors.workers import call
 from sppo_ray.attempts import Attempts
 from sppo_ray.config import Config
-from sppo_ray.errors import SppoError
+from sppo_ray.errors import SppoError, WorkerDied
 from sppo_ray.layout import Layout
 from sppo_ray.ledger import Ledger
 from sppo_ray.mirror import Mirror
 from sppo_ray.preflight import Preflight
-from sppo_ray.progress import RunProgress
+from sppo_ray.progress import RunProgress, say
 from sppo_ray.progress_async import AsyncProgress
 from sppo_ray.recovery import recover
-from sppo_ray.run_dir import claimed, update_manifest
+from sppo_ray.run_dir import claimed, read_manifest, update_manifest
 from sppo_ray.schedules import asynchronous, synchronous
 from sppo_ray.step_plan import StepPlan
+from sppo_ray.storage import Storage
+from sppo_ray.threads import in_daemon_thread
 
 LEAVE_LIMIT_S = 60.0
+ANSWER_LIMIT_S = 300.0  # of an actor that only keeps books; after a restart the buffer reads whole tables
+T = TypeVar("T")
 
 
 def train(config: Config, layout: Layout, checked: Preflight, console: Console) -> None:
     """Run to the end. Raises what stopped it; everything done so far is in the run directory."""
-    attempts = Attempts(Path(config.run.dir), config.cluster.max_restarts, partial(console.print, style="yellow"))
+    attempts = Attempts(Path(config.run.dir), config.cluster.max_restarts, partial(say, console, style="yellow"))
     facts = {"prompts": dataclasses.asdict(checked.prompts.report)}
     while attempts.more:
         with attempts.next(), connected(config, layout) as cluster, claimed(config, facts):
@@ -47,15 +55,15 @@ def train(config: Config, layout: Layout, checked: Preflight, console: Console) 
 
 def _run(config: Config, layout: Layout, checked: Preflight, console: Console) -> None:
     root = Path(config.run.dir)
-    mirror = Mirror(config, console.print, partial(console.print, style="yellow")) if config.run.mirror else None
+    mirror = Mirror(config, partial(say, console), partial(say, console, style="yellow")) if config.run.mirror else None
     try:
         asyncio.run(_train(config, layout, checked, console, mirror))
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | asyncio.CancelledError)
         with suppress(OSError):  # of a full disk: what stopped the run is to be read
-            update_manifest(root, status="interrupted" if stopped else "failed")
+            update_manifest(root, status="interrupted" if stopped else "failed", **counts(config))
         raise
-    update_manifest(root, status="done", **counts(config))
+    update_manifest(root, Storage(config.run.storage_patience_s), status="done", **counts(config))
     if mirror:
         asyncio.run(mirror.finish())
 
@@ -67,11 +75,16 @@ async def _train(config: Config, layout: Layout, checked: Preflight, console: Co
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     with _display(config, checked, console) as progress:
         await _alone()
-        for found in await asyncio.to_thread(recover, config):
+        for found in await in_daemon_thread(partial(recover, config)):
             progress.alarm(found)
         progress.say("starting the workers")
         async with running(config, layout, checked.prompts.heldout, checked.prompts.slices) as now:
-            await _first_of(_schedule(now, config, checked, progress), *_followers(now, config, progress, mirror))
+            tally = Tally(Path(config.run.dir))
+            followers = _followers(now, config, progress, tally, mirror)
+            try:
+                await _first_of(_schedule(now, config, checked, progress), *followers)
+            finally:
+                tally.keep(now, progress)
 
 
 async def _alone() -> None:
@@ -103,10 +116,10 @@ async def _schedule(now: Running, config: Config, checked: Preflight, progress: 
 
 
 def _followers(
-    now: Running, config: Config, progress: RunProgress, mirror: Mirror | None
+    now: Running, config: Config, progress: RunProgress, tally: Tally, mirror: Mirror | None
 ) -> list[Coroutine[Any, Any, None]]:
     """What goes on beside the schedule, for as long as it does."""
-    followers = [_follow(now, progress)]
+    followers = [_follow(now, progress, tally)]
     if mirror:
         followers.append(mirror.follow())
     if config.schedule.mode == "async":
@@ -114,21 +127,33 @@ def _followers(
     return followers
 
 
-async def _follow(now: Running, progress: RunProgress) -> None:
-    """Look after the learner, which works by itself: show its steps, and raise at once if it fails. And say it when the
-    run waits for its disk."""
+async def _follow(now: Running, progress: RunProgress, tally: Tally) -> None:
+    """Look after the actors that nobody calls for a while: show the learner's steps, say when the run waits for its disk, and
+    raise at once if one of them has failed."""
     shown, waits_for = None, ""
     while True:
         await asyncio.sleep(1.0)
         if now.learner:
             now.learner.check()
-        line = await now.buffer.last_step()
-        if line and line["step"] != shown:
-            shown = line["step"]
-            progress.stepped(line)
-        if (trouble := await now.buffer.trouble()) != waits_for:
-            waits_for = trouble
-            progress.alarm(trouble or "the storage works again; the run goes on")
+        await _answer(WEIGHTS, call(now.hub, WEIGHTS, "ping"))
+        seen = await _answer(BUFFER, now.buffer.look())
+        if seen.step and seen.step["step"] != shown:
+            shown = seen.step["step"]
+            progress.stepped(seen.step)
+        if seen.trouble != waits_for:
+            waits_for = seen.trouble
+            progress.alarm(seen.trouble or "the storage works again; the run goes on")
+        tally.seen = seen
+        tally.keep_now_and_then(now, progress)
+
+
+async def _answer(name: str, asked: Awaitable[T]) -> T:
+    """Raises WorkerDied for an actor that hangs."""
+    try:
+        async with asyncio.timeout(ANSWER_LIMIT_S):
+            return await asked
+    except TimeoutError:
+        raise WorkerDied(f"{name}: no answer in {ANSWER_LIMIT_S:g} s; it is taken for hung") from None
 
 
 async def _first_of(*coroutines: Coroutine[Any, Any, None]) -> None:
@@ -145,9 +170,15 @@ async def _first_of(*coroutines: Coroutine[Any, Any, None]) -> None:
 
 
 def counts(config: Config) -> dict[str, int]:
-    """Totals over the sealed and trained iterations."""
+    """Totals over the iterations: groups on disk, and those of them that a saved policy was trained on."""
     ledger = Ledger(config)
     iterations = range(1, config.schedule.iterations + 1)
-    groups = sum(summary.groups for t in iterations if (summary := ledger.sealed(t)))
+    groups = sum(ledger.groups(t) for t in iterations)
     trained = sum(summary.examples for t in iterations if ledger.trained(t) and (summary := ledger.sealed(t)))
-    return {"groups_generated": groups, "groups_judged": groups, "groups_trained": trained}
+    again = max(0, read_manifest(ledger.root).get("groups_sampled", 0) - groups)
+    return {
+        "groups_generated": groups,
+        "groups_judged": groups,
+        "groups_trained": trained,
+        "groups_regenerated": again,
+    }

@@ -102,6 +102,10 @@ class WeightsHub:
         if self._published is not None:
             self._published = replace(self._published, broadcast=None)
 
+    async def ping(self) -> str:
+        """Its name: that it is there."""
+        return NAME
+
     async def current(self) -> Published | None:
         """What is published; None before the first commit (the workers then serve the model folder they started from)."""
         return self._published

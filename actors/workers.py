@@ -13,8 +13,9 @@ from typing import Any
 from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
-from actors.revival import Revival, Worker, WorkerLost, describe, hung, log_of
+from actors.revival import RESTART_LIMIT_S, Revival, Worker, WorkerLost, describe, hung, log_of
 from sppo_ray.errors import GroupAborted, GroupLost, WorkerDied, WorkerFailed
+from sppo_ray.ledger import LedgerDamaged
 from sppo_ray.protocols import Handle
 from sppo_ray.types import Prompt, Receipt
 
@@ -128,13 +129,24 @@ class Workers:
         self._leaving.remove(worker)
 
     async def started(self, worker: Worker) -> None:
-        """Returns when it serves. Raises WorkerFailed if it cannot start."""
-        worker.place = await self.on(worker, "ping")
+        """Returns when it serves. Raises WorkerFailed if it cannot start, or does not within RESTART_LIMIT_S."""
+        try:
+            async with asyncio.timeout(RESTART_LIMIT_S):
+                worker.place = await self.once(worker, "ping")
+        except WorkerLost:  # its restart has a time limit of its own
+            worker.place = await self.on(worker, "ping", limit_s=RESTART_LIMIT_S)
+        except TimeoutError:
+            raise WorkerFailed(
+                f"{worker.name}: does not serve after {RESTART_LIMIT_S:g} s; is there room for it in the cluster? "
+                f"{log_of(worker.name)}"
+            ) from None
 
-    async def on_each(self, method: str, *args: Any) -> dict[str, Any]:
-        """The method's result on every worker, by name; those that are gone are left out. Raises WorkerFailed."""
+    async def on_each(self, method: str, *args: Any, limit_s: float | None = None) -> dict[str, Any]:
+        """The method's result on every worker, by name; those that are gone are left out. Raises WorkerFailed. limit_s as
+        in `on`."""
         workers = [worker for worker in self.all if worker.gone is None]  # they may come and go meanwhile
-        results = await asyncio.gather(*(self.on(worker, method, *args) for worker in workers), return_exceptions=True)
+        calls = (self.on(worker, method, *args, limit_s=limit_s) for worker in workers)
+        results = await asyncio.gather(*calls, return_exceptions=True)
         answers = {}
         for worker, result in zip(workers, results, strict=True):
             if not isinstance(result, BaseException):
@@ -144,15 +156,15 @@ class Workers:
         self.refuse_if_all_gone()
         return answers
 
-    async def on(self, worker: Worker, method: str, *args: Any) -> Any:
-        """A call on this very worker; once more after its restart. Raises WorkerFailed."""
+    async def on(self, worker: Worker, method: str, *args: Any, limit_s: float | None = None) -> Any:
+        """A call on this very worker; once more after its restart. Raises WorkerFailed. limit_s: for either, as in `once`."""
         for last_try in (False, True):
             if worker.returning is not None:
                 await asyncio.wait([worker.returning])
             if worker.gone is not None:
                 raise WorkerFailed(str(worker.gone)) from worker.gone
             try:
-                return await self.once(worker, method, *args)
+                return await self.once(worker, method, *args, limit_s=limit_s)
             except WorkerLost:
                 if last_try:
                     raise
@@ -190,11 +202,11 @@ def _lost_group(method: str, args: tuple[Any, ...], error: ObjectLostError) -> G
 
 def failure(name: str, error: BaseException) -> WorkerFailed:
     """What the user reads: the actor's name, then its own error, then (as a note) the traceback inside the actor. WorkerDied
-    if it has no process any more."""
+    if a new start mends it: it has no process any more, or found the record damaged."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     text = str(cause).strip()
     text = text.removeprefix(f"{name}:").strip()  # errors of rollout workers begin with their name already
-    kind = WorkerDied if isinstance(cause, RayActorError) else WorkerFailed
+    kind = WorkerDied if isinstance(cause, RayActorError | LedgerDamaged) else WorkerFailed
     failed = kind(f"{name}: {type(cause).__name__}: {text}")
     if isinstance(error, RayTaskError):
         failed.add_note(str(error))

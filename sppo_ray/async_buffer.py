@@ -17,7 +17,7 @@ from sppo_ray.admission import Admission
 from sppo_ray.buffer import OpenSlice, TrainingBuffer
 from sppo_ray.config import Config
 from sppo_ray.errors import SppoError
-from sppo_ray.ledger import group_keys
+from sppo_ray.ledger import LedgerDamaged, group_keys
 from sppo_ray.step_plan import StepPlan
 from sppo_ray.tables import SealedRow, examples_of
 from sppo_ray.types import (
@@ -176,6 +176,8 @@ class AsyncBuffer(TrainingBuffer):
         numbers = self._numbers(batch)
         if any(number not in self._examples for number in numbers):  # a learner that restarted goes through it again
             self._remember(self._table(batch.iteration), batch.iteration)
+            if any(number not in self._examples for number in numbers):
+                raise LedgerDamaged(f"groups of iteration {batch.iteration}, step {batch.step} are on disk no longer")
         return tuple(
             replace(self._examples[number], staleness=batch.version - version)
             for number, (_, version) in zip(numbers, batch.groups, strict=True)
@@ -209,19 +211,23 @@ class AsyncBuffer(TrainingBuffer):
             for t, table in tables.items():
                 self._remember(table, t)
         next_step = max(self._batches, default=step - 1) + 1
-        admission = Admission(
-            self.plan, schedule.max_staleness, schedule.max_resamples, self._published, next_step
-        )  # fmt: skip
-        admission.restore(versions, in_batches)
+        # Where batches were lost, what was sampled from later weights is of a history that will not come again.
+        newest = self.plan.version_at(next_step)
+        ready = {number: v for number, v in versions.items() if v <= newest or number in in_batches}
+        admission = Admission(self.plan, schedule.max_staleness, schedule.max_resamples, self._published, next_step)
+        admission.restore(ready, in_batches)
         return admission
 
     def _whole_batches(self, iteration: int, versions: Mapping[int, int]) -> list[CutBatch]:
         """The batches whose groups are all on disk, up to the first that is not: the learner starts before all of them."""
         cut, first = self.ledger.batches(iteration), self.plan.first_step(iteration)
         whole: list[CutBatch] = []
+        free = set(versions)  # each group is in one batch
         for step, batch in enumerate(cut, start=first):
-            if batch.step != step or not versions.keys() >= set(self._numbers(batch)):
+            numbers = set(self._numbers(batch))
+            if batch.step != step or len(numbers) < len(batch.groups) or not numbers <= free:
                 break
+            free -= numbers
             whole.append(batch)
         if len(whole) < len(cut):
             log.warning(

@@ -7,9 +7,11 @@ reports such an error once and takes the lost pages for clean afterwards.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +22,8 @@ import xxhash
 log = logging.getLogger(__name__)
 
 BLOCK = 1 << 22  # bytes read at once
+CHECK = b', "xxh3": "'  # in a checked line, before `hash_of` the object without it
+_numbers = itertools.count()
 
 
 @contextmanager
@@ -29,7 +33,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     If it raises OSError, `path` is as it was, or new but perhaps not on disk yet: write it again.
     """
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         sync(temporary)
@@ -38,6 +42,19 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # the error that brought us here is the one to be seen
             temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A sibling's name that no other writer uses. Of the kind `.*.tmp`: what a killed process left is cleared by that."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{next(_numbers)}.tmp")
+
+
+def remove_folder(path: Path) -> None:
+    """A kill half-way leaves it whole or under a temporary name, never a part of it under its own."""
+    doomed = temporary_beside(path)
+    path.rename(doomed)
+    sync(path.parent)
+    shutil.rmtree(doomed)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -70,15 +87,17 @@ def sync(path: Path) -> None:
 class LineFile:
     """A file of JSON objects, one a line, that one process appends to."""
 
-    def __init__(self, path: Path) -> None:
-        """What a crash left of a last line is overwritten by the next one."""
-        self.path = path
-        self._size = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+    def __init__(self, path: Path, checked: bool = False) -> None:
+        """checked: each line with its checksum. What a crash left of a last line, and where lines are checked all from the
+        first damaged one on, is overwritten by the next one."""
+        self.path, self._checked = path, checked
+        content = path.read_bytes() if path.exists() else b""
+        self._size = sum(map(len, _proven_lines(content))) if checked else content.rfind(b"\n") + 1
         self._named = False  # whether the file's name is known to be on disk
 
     def append(self, data: Mapping[str, Any]) -> None:
         """On disk when this returns. If it raises OSError, the next append takes the place of whatever this one wrote."""
-        line = json.dumps(data, allow_nan=False).encode() + b"\n"
+        line = line_of(data, self._checked)
         make_folder(self.path.parent)
         self.path.touch()
         with self.path.open("r+b", buffering=0) as file:  # a buffer would be flushed once more on the way out
@@ -97,6 +116,36 @@ class LineFile:
             sync(self.path.parent)
             self._named = True
         self._size += len(line)
+
+
+def line_of(data: Mapping[str, Any], checked: bool) -> bytes:
+    """checked: with a checksum, as the last key of the object."""
+    text = json.dumps(data, allow_nan=False).encode()
+    return (_checked(text) if checked else text) + b"\n"
+
+
+def _checked(text: bytes) -> bytes:
+    return text[:-1] + CHECK + hash_of(text).encode() + b'"}'
+
+
+def read_checked_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of checked lines, up to the first line that is not what was written."""
+    content = path.read_bytes() if path.exists() else b""
+    lines = list(_proven_lines(content))
+    if len(lines) < content.count(b"\n"):
+        log.warning("line %d of %s is damaged; it and those after it are left out", len(lines) + 1, path)
+    return [json.loads(_unchecked(line)) for line in lines]
+
+
+def _proven_lines(content: bytes) -> Iterator[bytes]:
+    for line in content.splitlines(keepends=True):
+        if line != _checked(_unchecked(line)) + b"\n":
+            return
+        yield line
+
+
+def _unchecked(line: bytes) -> bytes:
+    return line.rpartition(CHECK)[0] + b"}"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -122,8 +171,13 @@ def _object(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
+def hash_of(content: bytes) -> str:
+    """xxh3 (64 bits, hexadecimal)."""
+    return xxhash.xxh3_64_hexdigest(content)
+
+
 def checksum_of(path: Path) -> str:
-    """xxh3 (64 bits, hexadecimal) of a file's bytes."""
+    """`hash_of` a file's bytes."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
         while block := file.read(BLOCK):

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sppo_ray.errors import WeightSyncError, WorkerDied
+from sppo_ray.errors import ConfigError, SppoError, WeightSyncError, WorkerDied
 from sppo_ray.metrics import read_metrics
 
+AGAIN = (WorkerDied, WeightSyncError)  # what a new start may mend
 LONGEST_WAIT_S = 60.0
 
 Progress = tuple[int, int, int, int]
@@ -45,8 +46,16 @@ class Attempts:
         try:
             yield
             self.more = False
-        except (WorkerDied, WeightSyncError) as error:
+        except AGAIN as error:
             self._failed(error, moved=progress_of(self._root) > before)
+        except SppoError as error:
+            if self._first is None:
+                raise
+            cause = f"(the attempt before ended with: {self._first})"
+            if isinstance(error, ConfigError):  # nothing was refused: the run had begun
+                raise SppoError(f"the run's actors could not be started again: {error}\n{cause}") from error
+            error.add_note(cause)
+            raise
 
     def _failed(self, error: Exception, moved: bool) -> None:
         if moved:

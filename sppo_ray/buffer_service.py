@@ -14,11 +14,13 @@ from sppo_ray.buffer import TrainingBuffer
 from sppo_ray.config import Config
 from sppo_ray.errors import LearnerError, SppoError
 from sppo_ray.layout import Assignment
+from sppo_ray.ledger import LedgerDamaged
 from sppo_ray.metrics import MetricsLog
 from sppo_ray.storage import StorageError
 from sppo_ray.types import (
     JudgedGroup,
     LearnerTask,
+    Look,
     Publication,
     ResumePoint,
     SliceSummary,
@@ -56,7 +58,9 @@ class BufferService:
         self._flusher: asyncio.Task[None] | None = None
         self._changed = asyncio.Condition()
         self._learner: list[Assignment] | None = None
-        self._gave_up = ""
+        self._learner_starts = self._repeated = 0
+        self._record = asyncio.Lock()  # whoever begins reads the record as it is when no change is being written
+        self._gave_up, self._damaged = "", False  # damaged: a new start would help
         self._step_line: Mapping[str, Any] = {}
 
     # Called by the schedule.
@@ -74,7 +78,8 @@ class BufferService:
         await asyncio.gather(*acknowledged)
 
     async def seal(self, iteration: int, prompt_ids: Sequence[str]) -> SliceSummary:
-        summary: SliceSummary = await self._durably(self._buffer.seal, iteration, prompt_ids)
+        async with self._record:
+            summary: SliceSummary = await self._durably(self._buffer.seal, iteration, prompt_ids)
         await self._notify()
         return summary
 
@@ -133,18 +138,17 @@ class BufferService:
     # Called by the learner.
 
     async def learner_ready(self, ranks: list[Assignment]) -> None:
-        self._learner = ranks
+        self._learner, self._learner_starts = ranks, self._learner_starts + 1
+        self._troubles.clear()  # of ranks that are no more
         await self._notify()
 
     async def learner_placed(self) -> list[Assignment]:
-        """Waits until the learner's ranks are ready; where they are."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._learner is not None)
-        assert self._learner is not None
-        return self._learner
+        """Waits until the learner's ranks are ready; where they are. Raises LearnerError."""
+        return await self._when(lambda: self._learner)
 
     async def resume_point(self) -> ResumePoint:
-        return self._buffer.resume_point()
+        async with self._record:
+            return self._buffer.resume_point()
 
     async def next_task(self, step: int) -> LearnerTask:
         """Waits until there is something to do after `step` updates."""
@@ -160,7 +164,7 @@ class BufferService:
         try:
             return self._buffer.next_task(step)
         except SppoError as error:  # asking again would not help
-            self._gave_up = str(error)
+            self._gave_up, self._damaged = str(error), isinstance(error, LedgerDamaged)
             return StopTask()
         finally:
             if self._gave_up or (self._async and self._async.resamples != before):
@@ -172,11 +176,12 @@ class BufferService:
         await self._notify()
 
     async def record_reference(self, iteration: int, logps: Sequence[tuple[float, ...]]) -> None:
-        await self._durably(self._buffer.record_reference, iteration, logps)
+        async with self._record:
+            await self._durably(self._buffer.record_reference, iteration, logps)
         await self._notify()
 
     async def record_step(self, metrics: Mapping[str, Any]) -> None:
-        await self._durably(self._metrics.write, metrics)
+        self._repeated += not await self._durably(self._metrics.write, metrics)
         self._step_line = metrics
 
     async def published(self, publication: Publication) -> None:
@@ -186,9 +191,10 @@ class BufferService:
 
     async def saved(self, trained: TrainedIteration, publication: Publication) -> None:
         """The hub holds the weights that end an iteration, and its policy is saved."""
-        await self._durably(self._buffer.saved, trained)
-        if self._async:
-            self._async.published(publication)
+        async with self._record:
+            await self._durably(self._buffer.saved, trained)
+            if self._async:
+                self._async.published(publication)
         await self._notify()
 
     # Called by the driver.
@@ -200,14 +206,10 @@ class BufferService:
     async def metrics(self) -> list[dict[str, Any]]:
         return self._metrics.lines
 
-    async def last_step(self) -> Mapping[str, Any]:
-        """The newest step's line, for the progress display."""
-        return self._step_line
-
-    async def trouble(self) -> str:
-        """What the run waits for because a disk refuses it, in words for the user; "" while all is well."""
+    async def look(self) -> Look:
         own = self._buffer.ledger.storage.trouble
-        return "; ".join([own] if own else self._troubles.values())
+        trouble = "; ".join([own] if own else self._troubles.values())
+        return Look(self._step_line, trouble, max(0, self._learner_starts - 1), self._repeated)
 
     async def report_trouble(self, process: str, text: str) -> None:
         """Called by processes that write to the run directory themselves: `Storage.trouble` of theirs."""
@@ -235,7 +237,7 @@ class BufferService:
         async with self._changed:
             while True:
                 if self._gave_up and not even_if_given_up:
-                    raise LearnerError(self._gave_up)
+                    raise LedgerDamaged(self._gave_up) if self._damaged else LearnerError(self._gave_up)
                 if (found := answer()) is not None:
                     return found
                 await self._changed.wait()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -20,13 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from sppo_ray.atomic import sync
+from sppo_ray.atomic import checksum_of, hash_of, remove_folder, sync, temporary_beside
 from sppo_ray.types import ResumePoint
 
 MARKER = "COMPLETE"
-BLOCK_BYTES = 1 << 24
 logger = logging.getLogger(__name__)
 
 
@@ -47,8 +43,7 @@ def new_checkpoint(root: Path, step: int, notes: Mapping[str, Any], keep: int) -
     notes: anything JSON holds.
     """
     root.mkdir(parents=True, exist_ok=True)
-    temporary = root / f".step-{step}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_beside(root / f"step-{step}")
     temporary.mkdir()
     try:
         yield temporary
@@ -62,18 +57,19 @@ def new_checkpoint(root: Path, step: int, notes: Mapping[str, Any], keep: int) -
         sync(temporary)
         final = root / f"step-{step}"
         if final.exists():  # the same step of an attempt that was given up
-            shutil.rmtree(final)
+            remove_folder(final)
         temporary.rename(final)
         sync(root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for _, folder in _listed(root)[keep:]:
-        shutil.rmtree(folder)
+        remove_folder(folder)
 
 
 def newest(root: Path, wanted: Callable[[Checkpoint], bool]) -> Checkpoint | None:
     """The newest undamaged checkpoint that is wanted. Damaged ones are named in the log and set aside; undamaged ones that
-    are not wanted, and what an interrupted writer left, are removed: they belong to a past that is not gone on from."""
+    are not wanted are removed, they belong to a past that is not gone on from; and so is what an interrupted writer or
+    removal left."""
     for leftover in root.glob(".step-*.tmp"):
         shutil.rmtree(leftover)
     for step, folder in _listed(root):
@@ -84,7 +80,7 @@ def newest(root: Path, wanted: Callable[[Checkpoint], bool]) -> Checkpoint | Non
             continue
         if wanted(found):
             return found
-        shutil.rmtree(folder)
+        remove_folder(folder)
     return None
 
 
@@ -98,7 +94,7 @@ def fits(checkpoint: Checkpoint, start: ResumePoint) -> bool:
 def clear(root: Path) -> None:
     """Remove all checkpoints; those set aside stay."""
     for _, folder in _listed(root):
-        shutil.rmtree(folder)
+        remove_folder(folder)
 
 
 def _listed(root: Path) -> list[tuple[int, Path]]:
@@ -132,7 +128,7 @@ def _checked(folder: Path, step: int) -> Checkpoint:
 def _set_aside(folder: Path, reason: str) -> None:
     target = folder.with_name(f"{folder.name}.corrupt")
     if target.exists():  # one of an earlier attempt at the same step
-        shutil.rmtree(target)
+        remove_folder(target)
     folder.rename(target)
     sync(folder.parent)
     logger.error(
@@ -141,13 +137,8 @@ def _set_aside(folder: Path, reason: str) -> None:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    digest, size = xxhash.xxh3_128(), 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "xxh3": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "xxh3": checksum_of(path)}
 
 
 def _hash(content: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+    return hash_of(json.dumps(content, sort_keys=True).encode())

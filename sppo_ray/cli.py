@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -53,14 +54,15 @@ def train(
     ] = None,
     overrides: Overrides = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", help="Go on with the run in this directory, by the config it holds.")
-    ] = None,
+        bool,
+        typer.Option("--resume", help="Go on with the run in run.dir; without --config by the config that it holds."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show what would run, start nothing.")
     ] = False,
 ) -> None:
     """Run self-play preference optimization. The same command on the same run.dir goes on where the run stopped; so does
-    --resume RUN_DIR, which needs nothing but that directory."""
+    `--resume run.dir=DIR`, which needs nothing but that directory, and refuses one that holds no run."""
     with exit_codes():
         _train(_config_of(config, resume, overrides or ()), dry_run)
 
@@ -116,24 +118,26 @@ def scale(
         )
 
 
-def _config_of(config: Path | None, resume: Path | None, overrides: Sequence[str]) -> Config:
-    """Of a new run, or of one that goes on, where a config file given as well is compared with the run's own."""
-    if resume is None:
-        if config is None:
+def _config_of(config: Path | None, resume: bool, overrides: Sequence[str]) -> Config:
+    """Of a new run, or of one that goes on, whose own config is taken if no other is given to compare it with."""
+    if config is None:
+        named = [text.removeprefix("run.dir=") for text in overrides if text.startswith("run.dir=")]
+        if not resume or not named:
+            raise ConfigError("no config is given: name one with --config FILE, or a run by --resume run.dir=DIR.")
+        config = Path(named[-1]).expanduser() / "config.yaml"
+        if not config.exists():
             raise ConfigError(
-                "no config is given: name one with --config FILE, or a run to go on with by --resume DIR."
+                f"--resume run.dir={named[-1]}: there is no config.yaml in it, so no run was begun there."
             )
-        return load_config(config, overrides)
-    root = resume.expanduser().resolve()
-    own = root / "config.yaml"
-    if not own.exists():
-        raise ConfigError(f"--resume {resume}: there is no config.yaml in it, so no run was begun there.")
-    return load_config(config or own, [*overrides, f"run.dir={root}"])
+    resolved = load_config(config, overrides)
+    if resume and not (Path(resolved.run.dir) / "config.yaml").exists():
+        raise ConfigError(f"--resume: run.dir={resolved.run.dir} holds no run; leave --resume out to begin one there.")
+    return resolved
 
 
 def _train(config: Config, dry_run: bool) -> None:
     from sppo_ray.layout import compute_layout
-    from sppo_ray.mirror import check_mirror
+    from sppo_ray.mirror import Mirror, check_mirror
     from sppo_ray.preflight import preflight
     from sppo_ray.run_dir import check_run_dir, read_manifest
 
@@ -159,6 +163,8 @@ def _train(config: Config, dry_run: bool) -> None:
         )
     if read_manifest(root).get("status") == "done":
         out.print(f"{root} is complete; here is its result. To run again, name another run.dir.", highlight=False)
+        if config.run.mirror:  # the run's own end may not have waited for all of it
+            asyncio.run(Mirror(config, out.print, partial(err.print, style="yellow")).finish())
         _show_result(root)
         return
     from actors.train import train as run_training

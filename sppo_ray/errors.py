@@ -26,7 +26,8 @@ class WorkerFailed(SppoError):
 
 
 class WorkerDied(WorkerFailed):
-    """An actor's process ended. What it was asked for may well work when the run's actors are started again."""
+    """An actor's process ended, or cannot go on as it is. What it was asked for may well work when all actors of the run are
+    started again."""
 
 
 class GroupAborted(SppoError):

@@ -21,6 +21,8 @@ from sppo_ray.errors import SppoError
 from sppo_ray.protocols import Handle, Rollout
 from sppo_ray.schedules.supervision import again_if_lost
 from sppo_ray.seeds import sampling_seeds
+from sppo_ray.storage import Storage
+from sppo_ray.threads import in_daemon_thread
 from sppo_ray.types import Prompt, ResponseGroup, Sampling
 
 MODES = ("greedy", "sampled")
@@ -62,19 +64,26 @@ class HeldOutEvaluator:
         self.fetch, self.record, self.oracle = fetch, record, oracle
 
     async def evaluate(self, iteration: int) -> None:
-        """Policy `iteration` must be the one that is served."""
+        """Policy `iteration` must be the one that is served. Raises StorageError if the disk does not take its responses."""
         if not self.prompts:
             return
         if not self._path(iteration).exists():
             rows = await asyncio.gather(*(self._sample(prompt, iteration) for prompt in self.prompts))
-            with whole_file(self._path(iteration)) as temporary:
-                pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)
+            await self._write(self._path(iteration), pa.Table.from_pylist(rows, schema=SCHEMA))
         responses = self._read(iteration)
         figures = summarise(responses, self.oracle)
         if iteration > 0:
             for name, against in (("base", 0), ("previous", iteration - 1)):
                 figures |= await self._win_rates(responses, self._read(against), name)
         await self.record({"event": "evaluation", "iteration": iteration, "prompts": len(responses), **figures})
+
+    async def _write(self, path: Path, table: pa.Table) -> None:
+        def write() -> None:
+            with whole_file(path) as temporary:
+                pq.write_table(table, temporary)
+
+        storage = Storage(self.config.run.storage_patience_s)
+        await in_daemon_thread(lambda: storage.patiently("held-out responses", path, write))
 
     def _path(self, iteration: int) -> Path:
         return Path(self.config.run.dir) / f"iter_{iteration}" / "evaluation.parquet"

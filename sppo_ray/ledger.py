@@ -2,7 +2,7 @@
 derived from it. Every write waits out a fault of the storage (`storage.Storage`) and raises StorageError in the end.
 
     iter_<t>/ledger/shard-<n>-<hash>.parquet       judged groups as they came; atomic, the hash is of the file's bytes
-    iter_<t>/batches.jsonl                         async: what each batch took, a line per update
+    iter_<t>/batches.jsonl                         async: what each batch took, a line with a checksum per update
     iter_<t>/generated.parquet, train.parquet      the sealed slice, in the order of its prompts (or batches)
     iter_<t>/sealed.json                           written last: the slice is complete; holds checksums of its tables
     iter_<t>/reference.parquet                     reference log-probabilities of the slice; its checksum is in sealed.json
@@ -14,6 +14,7 @@ What is damaged there is found by `recovery.recover` before a run goes on.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import logging
@@ -27,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from sppo_ray.atomic import LineFile, checksums_of, read_lines, whole_file, write_json
+from sppo_ray.atomic import LineFile, checksums_of, hash_of, line_of, read_checked_lines, whole_file, write_json
 from sppo_ray.config import Config
 from sppo_ray.errors import SppoError
 from sppo_ray.storage import Storage, StorageError
@@ -38,6 +39,11 @@ log = logging.getLogger(__name__)
 
 SEALED, TRAINED, REFERENCE = "sealed.json", "trained.json", "reference.parquet"
 TABLES, POLICY_FILES = "tables", "policy_files"  # keys in sealed.json and trained.json: checksums by file name
+
+
+class LedgerDamaged(SppoError):
+    """Groups that were on disk are not there any more as they were written. All actors must be started again: what is missing
+    is found then, and made again."""
 
 
 class Ledger:
@@ -68,7 +74,7 @@ class Ledger:
             self._next_shard[folder] = 1 + max((int(p.name.split("-")[1]) for p in folder.glob("shard-*")), default=-1)
         number = self._next_shard[folder]
         content = _serialised(table)
-        path = folder / f"shard-{number:06d}-{_hash(content)}.parquet"
+        path = folder / f"shard-{number:06d}-{hash_of(content)}.parquet"
         self.storage.patiently("judged groups", path, lambda: _write_bytes(path, content))
         self._next_shard[folder] = number + 1
         return table
@@ -82,7 +88,7 @@ class Ledger:
         tables = []
         for path in sorted((self.folder(iteration) / "ledger").glob("shard-*.parquet")):
             content = path.read_bytes()
-            if _hash(content) == path.stem.split("-")[2]:
+            if hash_of(content) == path.stem.split("-")[2]:
                 tables.append(pq.read_table(pa.BufferReader(content)))
             else:
                 log.warning("ledger shard %s is damaged; set aside, its groups will be made again", path)
@@ -111,24 +117,17 @@ class Ledger:
                 self._unwritten.pop(0)
 
     def batches(self, iteration: int) -> list[CutBatch]:
-        """In order, up to the first that is damaged; a last line that a crash cut off is left out."""
-        whole = []
-        for line in read_lines(self._batches_path(iteration)):
-            try:
-                whole.append(CutBatch.of(line))
-            except (KeyError, TypeError, ValueError):
-                log.warning("a batch of iteration %d is damaged: %s", iteration, line)
-                break
-        return whole
+        """In order, up to the first that is damaged or that a crash cut off."""
+        return [CutBatch.of(line) for line in read_checked_lines(self._batches_path(iteration))]
 
     def rewrite_batches(self, iteration: int, batches: Sequence[CutBatch]) -> None:
-        path, text = self._batches_path(iteration), "".join(json.dumps(dataclasses.asdict(b)) + "\n" for b in batches)
-        self.storage.patiently("batches", path, lambda: _write_bytes(path, text.encode()))
+        path, content = self._batches_path(iteration), b"".join(line_of(dataclasses.asdict(b), True) for b in batches)
+        self.storage.patiently("batches", path, lambda: _write_bytes(path, content))
         self._batch_files.pop(iteration, None)
 
     def _batch_file(self, iteration: int) -> LineFile:
         if iteration not in self._batch_files:
-            self._batch_files[iteration] = LineFile(self._batches_path(iteration))
+            self._batch_files[iteration] = LineFile(self._batches_path(iteration), checked=True)
         return self._batch_files[iteration]
 
     def _batches_path(self, iteration: int) -> Path:
@@ -138,14 +137,15 @@ class Ledger:
 
     def seal(self, iteration: int, rows: Sequence[SealedRow]) -> pa.Table:
         """Write the slice's two tables, a row for each of `rows`, in their order; the shards stay as they are until
-        `mark_sealed`. Raises SppoError if a group is missing."""
+        `mark_sealed`. Raises LedgerDamaged if a group is missing: it was acknowledged, else nobody would seal."""
         self.settle_batches()
         table = self.read(iteration)
         position = {} if table is None else {key: n for n, key in enumerate(group_keys(table))}
         missing = [row.prompt_id for row in rows if row.key not in position]
         if table is None or missing:
-            raise SppoError(
-                f"iteration {iteration} cannot be sealed: {len(missing)} prompts have no group: {missing[:5]}"
+            raise LedgerDamaged(
+                f"iteration {iteration} cannot be sealed: {len(missing)} prompts have no undamaged group in "
+                f"{self.folder(iteration) / 'ledger'}: {missing[:5]}. When the run goes on, they are made again."
             )
         table = table.take([position[row.key] for row in rows])
         self.write_table(iteration, "generated.parquet", table)
@@ -171,6 +171,13 @@ class Ledger:
     def write_record(self, path: Path, record: dict[str, Any]) -> None:
         self.storage.patiently("the record", path, lambda: write_json(path, record))
 
+    def groups(self, iteration: int) -> int:
+        """Judged groups of the iteration on disk, sealed or not; those sampled again may count twice until it is sealed."""
+        if summary := self.sealed(iteration):
+            return summary.groups
+        shards = (self.folder(iteration) / "ledger").glob("shard-*.parquet")
+        return sum(int(pq.read_metadata(path).num_rows) for path in shards)
+
     def generated(self, iteration: int) -> pa.Table:
         return _read(self.folder(iteration) / "generated.parquet")
 
@@ -194,13 +201,18 @@ class Ledger:
         return [tuple(v) for v in _read(path)["logps"].to_pylist()]
 
     def mark_trained(self, trained: TrainedIteration) -> None:
-        folder = self.folder(trained.iteration)
-        record = dataclasses.asdict(trained)
-        path = folder / TRAINED
-        files = self.storage.patiently(
-            "the checksums of the policy into", path, lambda: checksums_of(folder / "policy")
-        )
-        self.write_record(path, record | {POLICY_FILES: files})
+        """Raises StorageError if the policy that the learner wrote is not there for this process."""
+        path, policy = self.folder(trained.iteration) / TRAINED, self.folder(trained.iteration) / "policy"
+
+        def checksums() -> dict[str, str]:
+            # A simulated learner writes none, and names another folder. A file server may show it a moment later.
+            if Path(trained.policy_dir) == policy and not policy.is_dir():
+                text = "the learner wrote it, but this node does not see it: run.dir must be shared by all nodes"
+                raise FileNotFoundError(errno.ENOENT, text, str(policy))
+            return checksums_of(policy)
+
+        files = self.storage.patiently("the checksums of the policy into", path, checksums)
+        self.write_record(path, dataclasses.asdict(trained) | {POLICY_FILES: files})
 
     def trained(self, iteration: int) -> TrainedIteration | None:
         # The run directory may have moved since.
@@ -285,7 +297,3 @@ def _serialised(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     return sink.getvalue().to_pybytes()
-
-
-def _hash(content: bytes) -> str:
-    return xxhash.xxh3_64_hexdigest(content)

@@ -15,12 +15,14 @@ import asyncio
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.callbacks import Callback
 from fsspec.implementations.local import LocalFileSystem
 from tenacity import AsyncRetrying, RetryCallState, stop_after_delay, wait_exponential
 from tenacity.stop import stop_base, stop_never
@@ -31,11 +33,12 @@ from sppo_ray.errors import ConfigError
 from sppo_ray.ledger import SEALED, TRAINED, read_record
 from sppo_ray.run_dir import read_manifest
 from sppo_ray.storage import StorageError
+from sppo_ray.threads import in_daemon_thread
 
 log = logging.getLogger(__name__)
 
 EVERY_S = 20.0
-LAST_PASS_S = 120.0  # how long the end of a run waits for a store that fails
+LAST_PASS_S = 120.0  # how long the end of a run waits for a store that fails, or that takes nothing and says nothing
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 STATE = ".mirror.json"  # in the run directory: what is in the mirror
 LEFT_OUT = ("logs", "weights")
@@ -54,7 +57,8 @@ class Mirror:
         assert config.run.mirror is not None
         self._root, self._url = Path(config.run.dir), config.run.mirror
         self._say, self._warn = say, warn
-        self._lock = threading.Lock()  # a cancelled `follow` leaves its thread at work
+        self._lock = threading.Lock()  # a cancelled pass leaves its thread at work on one file
+        self._moved = 0.0  # when the store last took something, or failed
         self._store, self._place = fsspec.core.url_to_fs(self._url)
         self._mirrored: dict[str, Mark] | None = None
 
@@ -67,7 +71,7 @@ class Mirror:
     async def finish(self) -> None:
         """The last pass, at the end of a run. A warning is all that a store which still fails makes of it."""
         try:
-            await self._persistently(stop_after_delay(LAST_PASS_S))
+            await self._while_it_moves(asyncio.create_task(self._persistently(stop_after_delay(LAST_PASS_S))))
         except Exception as error:  # noqa: BLE001 - stores raise errors of many kinds; the run itself is done
             missing = sum(1 for _ in self._changed())
             self._warn(
@@ -75,12 +79,24 @@ class Mirror:
                 f"{self._root} is: copy it by hand, or run the same command again when the store works."
             )
 
+    async def _while_it_moves(self, last: asyncio.Task[None]) -> None:
+        """Raises TimeoutError when the store hangs."""
+        self._moved = time.monotonic()
+        while not last.done():
+            left = self._moved + LAST_PASS_S - time.monotonic()
+            if left <= 0:
+                last.cancel()
+                raise TimeoutError(f"the store took nothing for {LAST_PASS_S:g} s")
+            await asyncio.wait([last], timeout=left)
+        last.result()
+
     async def _persistently(self, stop: stop_base) -> None:
         failed = False
 
         def outage(state: RetryCallState) -> None:
             nonlocal failed
             assert state.outcome is not None
+            self._moved = time.monotonic()
             log.warning("mirror %s: %r", self._url, state.outcome.exception())
             if not failed:
                 failed = True
@@ -90,18 +106,30 @@ class Mirror:
 
         wait = wait_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)
         # Any error: each store has its own kinds, and none of them may harm the run.
-        await AsyncRetrying(wait=wait, stop=stop, before_sleep=outage, reraise=True)(asyncio.to_thread, self.copy)
+        await AsyncRetrying(wait=wait, stop=stop, before_sleep=outage, reraise=True)(self._pass)
         if failed:
             self._say(f"the mirror {self._url} works again and is up to date")
 
-    def copy(self) -> None:
-        """One pass. Raises what the store raises; what was copied before that is not copied again."""
+    async def _pass(self) -> None:
+        stop = threading.Event()
+        try:
+            await in_daemon_thread(lambda: self.copy(stop))
+        finally:
+            stop.set()
+
+    def copy(self, stop: threading.Event | None = None) -> None:
+        """One pass. Raises what the store raises; what was copied before that is not copied again. stop: ends it before the
+        next file."""
         with self._lock:
+            if stop and stop.is_set():
+                return
             if self._mirrored is None:
                 self._mirrored = self._known()
             before = dict(self._mirrored)
             try:
                 for name, path, mark in list(self._changed()):
+                    if stop and stop.is_set():
+                        return
                     self._upload(path, f"{self._place}/{name}")
                     self._mirrored[name] = mark
                 self._forget_old_checkpoints()
@@ -131,14 +159,19 @@ class Mirror:
                 yield name, path, mark
 
     def _upload(self, path: Path, target: str) -> None:
+        def took(*_: int | None, **__: object) -> None:
+            self._moved = time.monotonic()
+
+        callback = Callback(hooks={"took": took})
         try:
             protocol = {self._store.protocol} if isinstance(self._store.protocol, str) else {*self._store.protocol}
             if protocol & WHOLE_AT_ONCE:
-                self._store.put_file(str(path), target)
+                self._store.put_file(str(path), target, callback=callback)
             else:
                 self._store.makedirs(target.rpartition("/")[0], exist_ok=True)
-                self._store.put_file(str(path), f"{target}.part")
+                self._store.put_file(str(path), f"{target}.part", callback=callback)
                 self._store.mv(f"{target}.part", target)
+            took()
         except FileNotFoundError:
             if path.exists():
                 raise  # it is the store that misses something; a file that was removed meanwhile is not

@@ -17,9 +17,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from sppo_ray.secrets import hide
 from sppo_ray.types import Receipt, SliceSummary, TrainedIteration
 
 LINE_EVERY_S = 10.0
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """A line for the user, as it is: errors hold brackets that are no markup, and may hold secrets."""
+    console.print(hide(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 class RunProgress:
@@ -40,6 +46,7 @@ class RunProgress:
         )
         self._sampled = self._judged = self._trained = TaskID(0)
         self._iteration = self._tokens = self._truncated = self._steps = 0
+        self.groups = 0  # sampled since this display began, repeated ones counted again
         self._since = self._last_line = time.monotonic()
 
     def __enter__(self) -> RunProgress:
@@ -51,7 +58,7 @@ class RunProgress:
 
     def say(self, text: str) -> None:
         """A lasting line."""
-        self.bars.console.print(text, highlight=False, soft_wrap=True)
+        say(self.bars.console, text)
 
     def resumed(self, trained: TrainedIteration) -> None:
         self._steps_before = trained.step
@@ -71,6 +78,7 @@ class RunProgress:
         self.say(f"{name}: sampling and judging {total} prompts{again}")
 
     def sampled(self, receipt: Receipt) -> None:
+        self.groups += 1
         self._tokens += receipt.tokens
         self._truncated += receipt.truncated
         self.bars.update(self._sampled, advance=1, note=f"{self._rate():,.0f} tokens/s")
@@ -109,7 +117,7 @@ class RunProgress:
 
     def alarm(self, text: str) -> None:
         """Something that does not stop the run but should be looked at."""
-        self.bars.console.print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True)
+        say(self.bars.console, f"warning: {text}", style="yellow")
 
     # Inside.
 

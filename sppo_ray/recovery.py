@@ -5,7 +5,8 @@ its checksum.
     train.parquet                       made again from generated.parquet
     generated.parquet, not yet trained  set aside, its groups are made again
     reference.parquet, not yet trained  set aside, computed again
-    policy the run goes on from         StorageError: only the user knows of a copy
+    batches.jsonl, not yet trained      lost batches are cut anew, and the slice is sealed again
+    policy of the last one trained      StorageError: only the user knows of a copy
     of a trained iteration else         said, nothing needs it
 """
 
@@ -30,7 +31,7 @@ GENERATED, TRAIN = "generated.parquet", "train.parquet"
 def recover(config: Config) -> list[str]:
     """Call it before anything else uses the run directory; reads every file on record once. Returns what to tell the user.
 
-    Raises StorageError, which says what to do, if the policy that the run would go on from is damaged.
+    Raises StorageError, which says what to do, if the policy that the run would go on from or end with is damaged.
     """
     ledger, said = Ledger(config), []
     _clear(ledger.root)
@@ -38,8 +39,7 @@ def recover(config: Config) -> list[str]:
     for iteration in range(1, config.schedule.iterations + 1):
         folder = ledger.folder(iteration)
         if (folder / TRAINED).exists():
-            goes_on = last is not None and last.iteration == iteration < config.schedule.iterations
-            said += _check_policy(folder, iteration, goes_on)
+            said += _check_policy(folder, iteration, newest=last is not None and last.iteration == iteration)
         if (folder / SEALED).exists():
             said += _check_tables(ledger, iteration)
         if (folder / SEALED).exists():
@@ -58,13 +58,13 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def _check_policy(folder: Path, iteration: int, goes_on: bool) -> list[str]:
-    """goes_on: the run would start from this policy."""
+def _check_policy(folder: Path, iteration: int, newest: bool) -> list[str]:
+    """newest: the run would start from this policy, or it is the run's product."""
     damaged = _damaged(folder / "policy", read_record(folder / TRAINED).get(POLICY_FILES, {}))
-    if damaged and goes_on:
+    if damaged and newest:
         raise StorageError(
-            f"{_names(damaged)} of the policy in {folder / 'policy'} is not what was written, and the run would go on from it. "
-            f"Put back a whole copy (run.mirror's, if there is one), or delete {folder / TRAINED}: iteration {iteration} "
+            f"{_names(damaged)} of the policy in {folder / 'policy'} is not what was written, and the run would go on from it or "
+            f"end with it. Put back a whole copy (run.mirror's, if there is one), or delete {folder / TRAINED}: iteration {iteration} "
             "is then trained again from its tables."
         )
     return (
@@ -79,7 +79,7 @@ def _check_tables(ledger: Ledger, iteration: int) -> list[str]:
     trained = (folder / TRAINED).exists()
     damaged = _damaged(folder, record.get(TABLES, {}))
     if not damaged:
-        return []
+        return [] if trained else _check_batches(ledger, iteration)
     what = f"{_names(damaged)} in {folder} is not what was written"
     if GENERATED in damaged:
         if trained:
@@ -93,6 +93,19 @@ def _check_tables(ledger: Ledger, iteration: int) -> list[str]:
         _set_aside(folder / REFERENCE)
         said.append("it is not needed any more" if trained else "the reference is computed again")
     return [f"{what}; {'; '.join(said)}"]
+
+
+def _check_batches(ledger: Ledger, iteration: int) -> list[str]:
+    """Of a sealed slice whose batches were cut as groups became ready; train.parquet says which step took what."""
+    folder, schedule = ledger.folder(iteration), ledger.config.schedule
+    if schedule.mode == "sync" or schedule.batch_order != "ready":
+        return []
+    table = pq.read_table(folder / GENERATED)
+    if _rows(ledger, iteration, table) is not None:
+        return []
+    ledger.append_table(iteration, table)
+    _unseal(folder, [])
+    return [f"batches.jsonl in {folder} is not what was written; what it lacks is cut anew"]
 
 
 def _remake_train(ledger: Ledger, iteration: int, record: dict[str, dict[str, str]], trained: bool) -> str:

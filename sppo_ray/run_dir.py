@@ -7,7 +7,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sppo_ray.config_io import SOURCES, dump_config, flatten, preset_overrides
 from sppo_ray.errors import ConfigError
 from sppo_ray.fingerprint import fingerprint
 from sppo_ray.secrets import hidden
+from sppo_ray.storage import Storage
 
 # Keys that change how fast a run goes, or how closely async follows, not what it is about: they may differ when it goes on.
 MAY_CHANGE = (
@@ -75,24 +76,26 @@ def check_run_dir(config: Config) -> None:
 @contextmanager
 def claimed(config: Config, facts: dict[str, Any]) -> Iterator[None]:
     """`claim`, and nobody else may while it lasts. Raises ConfigError if somebody has it."""
-    lock = FileLock(Path(config.run.dir) / ".lock", timeout=0)
-    Path(config.run.dir).mkdir(parents=True, exist_ok=True)
-    try:
-        with lock:
-            claim(config, facts)
-            yield
-    except Timeout:
-        raise ConfigError(
-            f"run.dir={config.run.dir} is in use by another process; wait for it or name another."
-        ) from None
+    root = Path(config.run.dir)
+    lock = FileLock(root / ".lock", timeout=0)
+
+    def take() -> AbstractContextManager[object]:
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            return lock.acquire()
+        except Timeout:
+            raise ConfigError(f"run.dir={root} is in use by another process; wait for it or name another.") from None
+
+    with Storage(config.run.storage_patience_s).patiently("the lock", root / ".lock", take):
+        claim(config, facts)
+        yield
 
 
 def claim(config: Config, facts: dict[str, Any]) -> None:
-    """Write config.yaml and manifest.json; a run that goes on keeps its first start and gets the new config."""
-    root = Path(config.run.dir)
-    root.mkdir(parents=True, exist_ok=True)
-    with whole_file(root / "config.yaml") as temporary:
-        temporary.write_text(dump_config(config), encoding="utf-8")
+    """Write config.yaml and manifest.json; a run that goes on keeps its first start and gets the new config. Raises
+    StorageError."""
+    root, storage = Path(config.run.dir), Storage(config.run.storage_patience_s)
+    storage.patiently("the config", root / "config.yaml", lambda: _write_config(config))
     manifest = {
         "started": _now(),
         "status": "running",
@@ -106,13 +109,18 @@ def claim(config: Config, facts: dict[str, Any]) -> None:
     }
     if previous := read_manifest(root):
         manifest |= {"started": previous["started"], "resumed": [*previous.get("resumed", []), _now()]}
-    write_json(root / "manifest.json", hidden(manifest))
+    path = root / "manifest.json"
+    storage.patiently("the manifest", path, lambda: write_json(path, hidden(manifest)))
     (root / "scale.json").unlink(missing_ok=True)  # a run that goes on begins with the workers its config says
 
 
-def update_manifest(root: Path, **facts: Any) -> None:
-    """Add facts, e.g. status and counts."""
-    write_json(root / "manifest.json", hidden(read_manifest(root) | {"updated": _now()} | facts))
+def update_manifest(root: Path, storage: Storage | None = None, /, **facts: Any) -> None:
+    """Add facts, e.g. status and counts. storage: waits out a fault, then raises StorageError; without it, OSError at once."""
+    path, manifest = root / "manifest.json", hidden(read_manifest(root) | {"updated": _now()} | facts)
+    if storage is None:
+        write_json(path, manifest)
+    else:
+        storage.patiently("the manifest", path, lambda: write_json(path, manifest))
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -144,6 +152,11 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _write_config(config: Config) -> None:
+    with whole_file(Path(config.run.dir) / "config.yaml") as temporary:
+        temporary.write_text(dump_config(config), encoding="utf-8")
 
 
 def _own_config(root: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Prompt -> ResponseGroup (rollout) -> JudgedGroup (judge) -> TrainingExample (sel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -132,6 +133,16 @@ class StopTask:
 
 
 LearnerTask = ReferenceTask | TrainTask | PublishTask | SaveTask | StopTask
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the driver sees of the run when it looks at the buffer."""
+
+    step: Mapping[str, Any]  # the newest step's line; {} before the first
+    trouble: str  # what is waited for because a disk refuses it, in words for the user; "" while all is well
+    learner_restarts: int  # times the learner's ranks were started again
+    updates_repeated: int  # since the buffer's process began
 
 
 @dataclass(frozen=True, slots=True)

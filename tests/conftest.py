@@ -1,4 +1,4 @@
-"""Which tests share a process when the suite runs in several (`scripts/test.sh`: two): what is slow to start is started once."""
+"""What the tests of whole jobs share."""
 
 from __future__ import annotations
 
@@ -7,16 +7,6 @@ from pathlib import Path
 import pytest
 
 from tests.actors.job_runs import PLANTED, sppo, train
-
-SHARED = {"whole": "jobs", "head": "jobs", "ray_local": "ray"}  # by session fixture
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups in this hook, too
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        used = getattr(item, "fixturenames", ())
-        group = next((name for fixture, name in SHARED.items() if fixture in used), item.path.stem)
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

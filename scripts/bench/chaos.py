@@ -4,7 +4,7 @@
     python scripts/bench/chaos.py --kills 100 --config configs/tiny_cpu_async.yaml # async: bound held, each prompt once?
 
 Kinds: rollout, judge, buffer, weights (the hub), learner (a rank), controller (of the learner), driver, power (everything at
-once). After driver and power the run is gone on with by `sppo train --resume`. Exit code 1 if a row is lost, doubled or
+once). After driver and power the run is gone on with by `sppo train --resume run.dir=...`. Exit code 1 if a row is lost, doubled or
 different. A run that ends before all kills are done is begun again in another folder with the next seed.
 """
 
@@ -42,7 +42,8 @@ TITLES = {
     "controller": "LearnerActor|TrainController",
 }
 KINDS = (*TITLES, "driver", "power")
-LIMIT_S = 600  # for a run to have a victim of the kind that is due
+LIMIT_S = 600  # for a run to have a victim of the kind that is due, and to end after the last kill
+CHECKPOINTS = "learner.checkpoint_every=2"
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Run:
         self.start(resume=False)
 
     def start(self, resume: bool) -> None:
-        arguments = ["--resume", str(self.folder)] if resume else self._command
+        arguments = ["--resume", f"run.dir={self.folder}"] if resume else self._command
         with self.log.open("ab") as log:
             self.process = psutil.Popen(
                 [sys.executable, "-m", "sppo_ray", "train", *arguments], cwd=ROOT, stdout=log, stderr=log
@@ -87,8 +88,13 @@ class Run:
 
     def wait(self) -> None:
         """Raises SystemExit with the run's output if it failed."""
-        if self.process.wait() != 0:
-            sys.exit(f"the run failed; the end of {self.log}:\n{self.log.read_text()[-4000:]}")
+        try:
+            failed = self.process.wait(LIMIT_S) != 0
+        except psutil.TimeoutExpired:
+            failed = True
+            self.process.kill()
+        if failed:
+            sys.exit(f"the run failed or hangs; the end of {self.log}:\n{self.log.read_text()[-4000:]}")
 
 
 def _title(process: psutil.Process) -> str:
@@ -155,7 +161,7 @@ class Verdict:
     rows_doubled: int
     rows_different: int
     weights_differ: bool
-    beyond_bound: int  # async: rows older than schedule.max_staleness
+    beyond_bound: int  # async: rows older than schedule.max_staleness, or of weights that were yet to come
 
     @property
     def ok(self) -> bool:
@@ -175,7 +181,7 @@ def compare(config: Config, folder: Path, undisturbed: Path) -> Verdict:
         doubled += sum((keys - expected).values())
         if is_async:
             lag = zip(mine["consumed_version"].to_pylist(), mine["policy_version"].to_pylist(), strict=True)
-            beyond += sum(consumed - sampled > config.schedule.max_staleness for consumed, sampled in lag)
+            beyond += sum(not 0 <= consumed - sampled <= config.schedule.max_staleness for consumed, sampled in lag)
         elif keys == expected:
             different += sum(a != b for a, b in zip(mine.to_pylist(), other.to_pylist(), strict=True))
     last = f"iter_{config.schedule.iterations}/policy"
@@ -208,6 +214,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, nargs=2, default=(1.0, 10.0), help="seconds between two kills")
     parser.add_argument("overrides", nargs="*", help="key=value")
     options = parser.parse_args()
+    options.overrides.insert(0, CHECKPOINTS)
     rng = random.Random(options.seed)
     config = load_config(options.config, [*options.overrides, f"run.dir={options.out / 'undisturbed'}"])
     undisturbed = options.undisturbed or options.out / "undisturbed"
@@ -250,25 +257,13 @@ def _show(
         table.add_row(name.replace("_", " "), str(sum(getattr(verdict, name) for verdict in verdicts)))
     table.add_row("runs with other weights", str(sum(verdict.weights_differ for verdict in verdicts)))
     table.add_row("times a run was begun", str(begun))
-    again = [_repeated(folder) for folder in sorted(out.glob("disturbed-*/logs"))]
-    table.add_row("updates done again", str(sum(updates for updates, _ in again)))
-    table.add_row("groups sampled again", str(sum(groups for _, groups in again)))
+    manifests = [read_manifest(folder) for folder in sorted(out.glob("disturbed-*")) if folder.is_dir()]
+    table.add_row("updates done again", str(sum(manifest["updates_repeated"] for manifest in manifests)))
+    table.add_row("groups sampled again", str(sum(manifest["groups_regenerated"] for manifest in manifests)))
     table.add_row("seconds", f"{seconds:.0f}")
     if plain_s is not None:
         table.add_row("seconds lost per kill", f"{(seconds - plain_s * len(verdicts)) / sum(killed.values()):.1f}")
     Console().print(table)
-
-
-def _repeated(logs: Path) -> tuple[int, int]:
-    """(updates, groups) that the processes' logs hold more than once."""
-    updates = _beyond_first(logs.glob("learner-0.log"), r"update (\d+) done")
-    groups = _beyond_first(logs.glob("rollout-*.log"), r"sampled (\S+ \S+ \S+)")
-    return updates, groups
-
-
-def _beyond_first(paths, pattern: str) -> int:
-    found = [match for path in paths for match in re.findall(pattern, path.read_text(errors="replace"))]
-    return len(found) - len(set(found))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def read(run: psutil.Process) -> Reading:
     most: Reading = {}
     for _ in range(5):
         for process in (run, *run.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 name, now = _name(process, run), process.memory_info()
                 if name is None:
                     continue
@@ -97,10 +97,10 @@ def _name(process: psutil.Process, run: psutil.Process) -> str | None:
     title = " ".join(process.cmdline())
     if found := re.match(r"ray::(\w+)", title):
         return NAMED.get(found[1])
-    for name in ("gcs_server", "raylet", "dashboard.py", "monitor.py", "log_monitor.py"):
-        if name in title:
-            return name
-    return None
+    if process.name() in ("gcs_server", "raylet"):
+        return process.name()
+    scripts = [Path(part).name for part in process.cmdline() if part.endswith(".py")]
+    return scripts[0] if scripts and scripts[0] in ("dashboard.py", "monitor.py", "log_monitor.py") else None
 
 
 def _store_mib(raylet: psutil.Process) -> float:
@@ -115,7 +115,8 @@ def _store_mib(raylet: psutil.Process) -> float:
 
 def _grown(readings: dict[float, Reading], slack: float) -> list[str]:
     first, last = readings[min(readings)], readings[max(readings)]
-    return [
+    restarted = [f"{name}: was not there at every reading" for name in first.keys() ^ last.keys()]
+    return restarted + [
         f"{name}: {what} grew from {before:g} to {after:g}"
         for name in first.keys() & last.keys()
         for what, before, after in zip(("MiB", "open files", "threads"), first[name], last[name], strict=True)

@@ -84,6 +84,28 @@ def test_the_token_is_for_this_user_alone(local: Local) -> None:
     assert len(local.token) == 64
 
 
+def test_a_writer_that_was_killed_leaves_no_token_of_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ray/auth_token"
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+
+    def killed(size: int) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(access.secrets, "token_hex", killed)
+        with pytest.raises(KeyboardInterrupt):
+            access.ensure_token()
+    assert not path.exists()
+    path.touch(mode=0o644)  # by one that wrote in place
+    access.ensure_token()
+    token = path.read_text()
+    assert (len(token), path.stat().st_mode & 0o777) == (64, 0o600)
+    access.ensure_token()
+    assert path.read_text() == token
+
+
 def test_nothing_of_a_local_ray_listens_beyond_loopback(local: Local) -> None:
     listening = {
         (process.name(), connection.laddr.ip.removeprefix("::ffff:"))  # an IPv4 address on an IPv6 socket

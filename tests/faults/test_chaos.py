@@ -15,22 +15,26 @@ KINDS = 8  # of processes
 
 @pytest.mark.timeout(600)
 def test_every_kind_is_killed_and_the_tables_and_weights_are_the_same(whole, tmp_path):
-    chaos(tmp_path, "tiny_cpu", undisturbed=whole[0], seed=3)
+    chaos(tmp_path, "tiny_cpu", undisturbed=whole[0], seed=3, overrides=["learner.checkpoint_every=1"])
 
 
 @pytest.mark.timeout(600)
 def test_async_every_kind_is_killed_and_the_bound_holds(tmp_path):
+    """A publish and a checkpoint after every update, two ranks, groups up to two versions old."""
+    overrides = [
+        "learner.checkpoint_every=1", "weights.publish_every=1", "schedule.max_staleness=2", "learner.num_workers=2",
+    ]  # fmt: skip
     undisturbed = tmp_path / "undisturbed"
-    process = sppo(*train(undisturbed, "tiny_cpu_async"))
+    process = sppo(*train(undisturbed, "tiny_cpu_async"), *overrides)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
-    chaos(tmp_path, "tiny_cpu_async", undisturbed, seed=4)
+    chaos(tmp_path, "tiny_cpu_async", undisturbed, seed=4, overrides=overrides)
 
 
-def chaos(out: Path, config: str, undisturbed: Path, seed: int) -> None:
+def chaos(out: Path, config: str, undisturbed: Path, seed: int, overrides: list[str]) -> None:
     command = [
         sys.executable, "scripts/bench/chaos.py", f"--kills={KINDS}", f"--seed={seed}", f"--out={out}",
-        f"--config=configs/{config}.yaml", f"--undisturbed={undisturbed}", "--pause", "0.5", "2", *SMALL, *SLOW,
+        f"--config=configs/{config}.yaml", f"--undisturbed={undisturbed}", "--pause", "0.5", "2", *SMALL, *SLOW, *overrides,
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

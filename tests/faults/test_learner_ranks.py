@@ -22,7 +22,7 @@ from sppo_ray.layout import Layout, RoleLayout
 from tests.actors import conftest, learner_factory
 from tests.actors.learner_factory import config_for, run_ranks, write_tiny_policy
 
-TIMEOUT_S = 15
+TIMEOUT_S = 40
 ROLE = RoleLayout(1, 0, 0.1)
 LAYOUT = Layout(kind="cpu", rollout=ROLE, judge=ROLE, learner=RoleLayout(2, 0, 0.1), nodes=1)
 

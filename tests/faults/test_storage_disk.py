@@ -85,14 +85,14 @@ async def test_a_run_waits_for_its_disk_at_every_write(disk, kind):
     async def through(write):
         fault.begin()
         writing = asyncio.create_task(write)
-        while not (trouble := await service.trouble()):
+        while not (trouble := (await service.look()).trouble):
             assert not writing.done(), "it was written to a disk that takes nothing"
             await asyncio.sleep(0.01)
         assert all(part in trouble for part in fault.remedy)
         assert str(disk / "run") in trouble
         fault.end()
         await writing
-        assert await service.trouble() == ""
+        assert (await service.look()).trouble == ""
 
     await through(service.add([judged(name) for name in NAMES]))
     await through(service.seal(1, NAMES))

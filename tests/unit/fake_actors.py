@@ -36,7 +36,7 @@ class Actor:
             case "ping":
                 await self.start(self)
                 return f"place of {self.name}"
-            case "score" | "generate" | "load":
+            case "score" | "generate" | "load" | "sleep":
                 return await self.work(self, method, *args)
             case _:
                 return self.name

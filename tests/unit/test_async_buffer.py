@@ -6,7 +6,9 @@ import pytest
 from groups import config, judged
 
 from sppo_ray.async_buffer import AsyncBuffer
+from sppo_ray.atomic import line_of
 from sppo_ray.errors import SppoError
+from sppo_ray.ledger import LedgerDamaged
 from sppo_ray.types import Publication, PublishTask, SaveTask, TrainedIteration, TrainTask
 
 
@@ -148,6 +150,36 @@ def test_batches_whose_groups_are_lost_are_cut_anew(tmp_path):
     assert [ticket.number for ticket in again.admit(10)] == [one.number]
 
 
+def test_what_was_sampled_from_weights_of_a_lost_history_is_not_trained_on(tmp_path):
+    """Two batches are cut, a group of version 2 is ready. The first shard is lost, and with it both batches: the learner
+    begins again at version 0."""
+    buffer = ready(tmp_path, prompts=12, schedule__max_staleness=3)
+    first, *others = buffer.admit(7)
+    finish(buffer, first)
+    for ticket in others:
+        finish(buffer, ticket)
+    for step in range(2):
+        assert isinstance(buffer.next_task(step), TrainTask)
+        buffer.published(Publication(step + 1, step + 1, 1, False, "c", 0.0))
+        buffer.serve(step + 1)
+    (late,) = buffer.admit(1)
+    finish(buffer, late, version=2)
+    next((tmp_path / "iter_1/ledger").glob("shard-000000-*")).unlink()
+    again = ready(tmp_path, prompts=12, schedule__max_staleness=3)
+    assert {first.number, late.number} <= {ticket.number for ticket in again.admit(12)}
+
+
+def test_a_shard_that_is_lost_while_the_run_goes_on_asks_for_a_new_start(tmp_path):
+    buffer = ready(tmp_path)
+    for ticket in buffer.admit(4):
+        finish(buffer, ticket)
+    buffer.next_task(0)
+    next((tmp_path / "iter_1/ledger").glob("shard-000000-*")).unlink()
+    buffer._examples.clear()  # as in a long run, where only the last batches are held
+    with pytest.raises(LedgerDamaged, match="iteration 1, step 0"):
+        buffer.next_task(0)
+
+
 def test_after_a_resume_nothing_is_sampled_that_would_be_too_old(tmp_path):
     """The learner goes through three cut batches again, from version 0; new groups sampled now would be consumed at 3."""
     buffer = ready(tmp_path, prompts=12, schedule__max_staleness=3)
@@ -239,7 +271,6 @@ def test_a_batch_that_could_not_be_written_is_not_handed_out(tmp_path, monkeypat
         patched.setattr(buffer.ledger, "append_batch", full)
         with pytest.raises(OSError, match="disk full"):
             buffer.next_task(0)
-    (tmp_path / "iter_1/batches.jsonl").write_text(
-        '{"step": 1, "iteration": 1, "epoch": 0, "version": 1, "groups": []}\n'
-    )
+    line = {"step": 1, "iteration": 1, "epoch": 0, "version": 1, "groups": []}
+    (tmp_path / "iter_1/batches.jsonl").write_bytes(line_of(line, checked=True))
     assert isinstance(ready(tmp_path).next_task(0), TrainTask)  # a gap: cut anew from the beginning

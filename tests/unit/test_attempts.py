@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sppo_ray.attempts import Attempts, progress_of
-from sppo_ray.errors import LearnerError, WeightSyncError, WorkerDied
+from sppo_ray.errors import ConfigError, LearnerError, SppoError, WeightSyncError, WorkerDied
 from sppo_ray.metrics import MetricsLog
 
 
@@ -121,3 +121,24 @@ def test_every_kind_of_work_is_progress(tmp_path):
     states.append(progress_of(tmp_path))
     assert sorted(states) == states
     assert len(set(states)) == 5
+
+
+def test_another_error_in_a_later_attempt_names_the_first_cause(tmp_path):
+    def overloaded():
+        raise SppoError("Ray did not start")
+
+    run = Run(tmp_path)
+    with pytest.raises(SppoError, match="Ray did not start") as raised:
+        run.go(died("the cause"), overloaded)
+    assert "the cause" in raised.value.__notes__[0]
+
+
+def test_a_cluster_that_is_gone_in_a_later_attempt_is_no_refused_config(tmp_path):
+    def no_cluster():
+        raise ConfigError("no Ray cluster answers")
+
+    with pytest.raises(ConfigError):
+        Run(tmp_path).go(no_cluster)
+    with pytest.raises(SppoError, match=r"(?s)no Ray cluster answers.*the cause") as raised:
+        Run(tmp_path).go(died("the cause"), no_cluster)
+    assert not isinstance(raised.value, ConfigError)

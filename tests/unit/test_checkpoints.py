@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sppo_ray.checkpoints import MARKER, Checkpoint, clear, fits, new_checkpoint, newest
@@ -73,6 +74,23 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     write(tmp_path, 3)
     (tmp_path / ".step-4.77.tmp").mkdir()
     (tmp_path / ".step-4.77.tmp" / "a.bin").write_bytes(b"half")
+    assert step_of(newest(tmp_path, any_of)) == 3
+    assert names(tmp_path) == ["step-3"]
+
+
+def test_what_a_killed_removal_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no damage, and not kept as such."""
+
+    def killed_half_way(folder: Path) -> None:
+        (folder / MARKER).unlink()
+        raise KeyboardInterrupt
+
+    for step in (3, 4):
+        write(tmp_path, step)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed_half_way)
+        with pytest.raises(KeyboardInterrupt):
+            clear(tmp_path)
     assert step_of(newest(tmp_path, any_of)) == 3
     assert names(tmp_path) == ["step-3"]
 
@@ -143,6 +161,7 @@ def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path: Path) -> Non
     assert newest(tmp_path, any_of) is None
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_no_bit_can_flip_unseen(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """In any file; in the marker a flip may leave the same JSON (white space), then nothing else may have changed."""

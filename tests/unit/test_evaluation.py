@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 
 import numpy as np
 import pytest
 from groups import config, prompt
 
+from sppo_ray import storage
 from sppo_ray.evaluation import HeldOutEvaluator, win_share
 from sppo_ray.protocols import Handle
+from sppo_ray.storage import StorageError
 from sppo_ray.summary import closing_table
 from sppo_ray.types import Receipt, Response, ResponseGroup
 
@@ -87,3 +91,34 @@ def test_the_table_has_two_rows_per_policy(lines):
     table = closing_table([{"step": 1, "loss": 1.0}, *lines])
     assert table.row_count == 6
     assert closing_table([{"step": 1}]) is None
+
+
+@pytest.mark.parametrize("patience", [60, 0])
+def test_a_full_disk_is_waited_for_beside_the_run(tmp_path, monkeypatch, patience):
+    fakes, recorded, full = Fakes(), [], True
+
+    async def record(line):
+        recorded.append(line)
+        return True
+
+    def replace(source, target, real=os.replace):
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    async def evaluate():
+        nonlocal full
+        cfg = config(tmp_path, run__storage_patience_s=patience)
+        asked = asyncio.create_task(HeldOutEvaluator(cfg, PROMPTS, fakes, fakes, fakes.fetch, record, None).evaluate(0))
+        await asyncio.wait([asked], timeout=0.1 if patience else None)
+        full = False  # said while the other waits: the loop is free
+        await asked
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.001)
+    if patience:
+        asyncio.run(evaluate())
+        assert [line["prompts"] for line in recorded] == [4]
+    else:
+        with pytest.raises(StorageError, match=r"evaluation\.parquet.*No space left"):
+            asyncio.run(evaluate())

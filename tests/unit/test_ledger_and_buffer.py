@@ -12,7 +12,8 @@ from groups import config, judged
 
 from sppo_ray.buffer import TrainingBuffer
 from sppo_ray.errors import SppoError
-from sppo_ray.ledger import Ledger
+from sppo_ray.ledger import Ledger, LedgerDamaged
+from sppo_ray.storage import StorageError
 from sppo_ray.tables import generated_table
 from sppo_ray.types import ReferenceTask, SaveTask, StopTask, TrainedIteration, TrainTask
 
@@ -97,6 +98,27 @@ def test_a_damaged_shard_is_set_aside_and_its_groups_made_again(tmp_path):
     del buffer
 
 
+def test_a_shard_that_is_damaged_while_the_run_goes_on_is_found_by_the_sealing(tmp_path):
+    buffer = filled(config(tmp_path))
+    (shard,) = (tmp_path / "iter_1/ledger").glob("shard-*.parquet")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(LedgerDamaged, match="10 prompts have no undamaged group"):
+        buffer.seal(1, NAMES)
+    again = TrainingBuffer(config(tmp_path))  # as after a new start
+    assert again.held(1) == set()
+    again.add([judged(name) for name in NAMES])
+    assert again.seal(1, NAMES).groups == 10
+
+
+def test_a_policy_that_this_node_does_not_see_is_not_trained(tmp_path):
+    buffer = filled(config(tmp_path, run__storage_patience_s=0))
+    buffer.seal(1, NAMES)
+    with pytest.raises(StorageError, match=r"run\.dir must be shared by all nodes.*iter_1/policy"):
+        buffer.saved(TrainedIteration(1, 1, 3, "sum", str(tmp_path / "iter_1/policy")))
+    assert buffer.trained(1) is None
+    assert not (tmp_path / "iter_1/trained.json").exists()
+
+
 def test_tasks_of_an_iteration_in_order(tmp_path):
     cfg = config(tmp_path, learner__epochs=2, schedule__iterations=1)
     buffer = filled(cfg)
@@ -143,6 +165,7 @@ def test_steps_and_resume_point_go_on_over_iterations(tmp_path):
     cfg = config(tmp_path)
     buffer = filled(cfg)
     assert dataclasses.astuple(buffer.resume_point()) == (0, "base", 0)
+    (tmp_path / "iter_1/policy").mkdir()
     buffer.seal(1, NAMES)
     assert buffer.resume_point().up_to == 0  # the reference is by the weights at the beginning
     buffer.record_reference(1, logps(10))

@@ -6,31 +6,36 @@ import asyncio
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from groups import config, judged
+from typer.testing import CliRunner
 
 from sppo_ray import mirror
 from sppo_ray.buffer import TrainingBuffer
+from sppo_ray.cli import app
+from sppo_ray.config_io import load_config
 from sppo_ray.errors import ConfigError
 from sppo_ray.mirror import Mirror, check_mirror
 from sppo_ray.recovery import recover
-from sppo_ray.run_dir import check_run_dir, claim
+from sppo_ray.run_dir import check_run_dir, claim, update_manifest
 from sppo_ray.types import TrainedIteration, TrainTask
 
 NAMES = [f"p{i}" for i in range(10)]
 
 
 class Unsteady(MemoryFileSystem):
-    """Keeps files in memory; fails at the uploads whose numbers are given."""
+    """Keeps files in memory; fails at the uploads whose numbers are given, hangs while its gate is closed."""
 
     protocol = "unsteady"
     store: dict = {}  # noqa: RUF012 - as in the base class, but its own
     pseudo_dirs = [""]  # noqa: RUF012
     uploads, failing = 0, frozenset()
+    gate = threading.Event()
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -38,6 +43,7 @@ class Unsteady(MemoryFileSystem):
 
     def put_file(self, lpath, rpath, **kwargs):
         Unsteady.uploads += 1
+        Unsteady.gate.wait()
         if Unsteady.uploads - 1 in Unsteady.failing:
             super().pipe_file(rpath, b"half")
             raise TimeoutError("the store does not answer")
@@ -51,6 +57,8 @@ def _stores(monkeypatch):
         kind.store.clear()
     monkeypatch.setattr(Unsteady, "uploads", 0)
     monkeypatch.setattr(Unsteady, "failing", frozenset())
+    monkeypatch.setattr(Unsteady, "gate", threading.Event())
+    Unsteady.gate.set()
     monkeypatch.setattr(mirror, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(mirror, "EVERY_S", 0.01)
 
@@ -210,6 +218,37 @@ async def test_a_store_that_fails_to_the_end_is_a_warning(tmp_path, monkeypatch)
     assert said == []
     assert "not complete" in warned[-1]
     assert "by hand" in warned[-1]
+
+
+def test_a_store_that_hangs_holds_nobody_up(tmp_path, monkeypatch):
+    """Neither the end of a run nor the end of its event loop; and what it left hanging copies nothing more."""
+    monkeypatch.setattr(mirror, "LAST_PASS_S", 0.05)
+    run(tmp_path / "run", "unsteady://m")
+    copier, said, warned = made(tmp_path / "run", "unsteady://m")
+    Unsteady.gate.clear()
+    rescue = threading.Timer(30, Unsteady.gate.set)  # or this test could not fail, only hang
+    rescue.start()
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(copier.follow(), 0.1))
+    asyncio.run(copier.finish())
+    assert not Unsteady.gate.is_set()
+    rescue.cancel()
+    assert said == []
+    assert "not complete" in warned[-1]
+    assert "took nothing" in warned[-1]
+    Unsteady.gate.set()
+    with copier._lock:
+        assert Unsteady.uploads == 1
+
+
+def test_the_mirror_of_a_finished_run_is_completed(tmp_path):
+    config_file, backup = Path(__file__).parents[2] / "configs/tiny_cpu.yaml", tmp_path / "backup"
+    given = [f"run.dir={tmp_path / 'run'}", f"run.mirror=file://{backup}"]
+    claim(load_config(config_file, given), {})
+    update_manifest(tmp_path / "run", status="done")
+    result = CliRunner().invoke(app, ["train", "--config", str(config_file), *given])
+    assert result.exit_code == 0, result.output
+    assert json.loads((backup / "manifest.json").read_text())["status"] == "done"
 
 
 @pytest.mark.parametrize(

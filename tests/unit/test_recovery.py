@@ -20,21 +20,21 @@ NAMES = [f"p{i}" for i in range(10)]
 LOGPS = [(-float(i), -2.0 * i) for i in range(10)]
 
 
-def sealed(cfg) -> TrainingBuffer:
+def sealed(cfg, iteration: int = 1) -> TrainingBuffer:
     buffer = TrainingBuffer(cfg)
-    buffer.add([judged(name) for name in NAMES])
-    buffer.seal(1, NAMES)
-    buffer.record_reference(1, LOGPS)
+    buffer.add([judged(name, iteration) for name in NAMES])
+    buffer.seal(iteration, NAMES)
+    buffer.record_reference(iteration, LOGPS)
     return buffer
 
 
-def trained(cfg) -> TrainingBuffer:
-    buffer = sealed(cfg)
-    policy = Path(cfg.run.dir) / "iter_1/policy"
+def trained(cfg, iteration: int = 1) -> TrainingBuffer:
+    buffer = sealed(cfg, iteration)
+    policy = Path(cfg.run.dir) / f"iter_{iteration}/policy"
     policy.mkdir()
     (policy / "config.json").write_text("{}")
     (policy / "model.safetensors").write_bytes(bytes(range(256)))
-    buffer.saved(TrainedIteration(1, 1, 3, "sum", str(policy)))
+    buffer.saved(TrainedIteration(iteration, iteration, 3 * iteration, "sum", str(policy)))
     return buffer
 
 
@@ -130,8 +130,9 @@ def test_a_reference_whose_checksum_was_not_written_yet_is_computed_again(tmp_pa
 
 
 @DAMAGES
-def test_the_policy_to_go_on_from_must_be_whole(tmp_path, damage):
-    cfg = config(tmp_path)
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_the_policy_to_go_on_from_or_to_end_with_must_be_whole(tmp_path, damage, iterations):
+    cfg = config(tmp_path, schedule__iterations=iterations)
     trained(cfg)
     damage(tmp_path / "iter_1/policy/model.safetensors")
     with pytest.raises(StorageError, match=r"model\.safetensors.*delete.*trained\.json"):
@@ -144,8 +145,9 @@ def test_the_policy_to_go_on_from_must_be_whole(tmp_path, damage):
 
 
 def test_a_policy_that_nothing_needs_is_only_named(tmp_path):
-    cfg = config(tmp_path, schedule__iterations=1)
+    cfg = config(tmp_path)
     trained(cfg)
+    trained(cfg, iteration=2)
     flip(tmp_path / "iter_1/policy/model.safetensors")
     (said,) = recover(cfg)
     assert "model.safetensors" in said
@@ -221,6 +223,27 @@ def test_async_where_only_the_schedule_can_make_it_the_slice_is_sealed_again(tmp
     assert again.collected(1)
     again.seal(1, NAMES[:6])
     assert path.read_bytes() == before
+
+
+def test_async_a_sealed_slice_whose_batches_are_damaged_is_sealed_again(tmp_path):
+    cfg = sealed_async(tmp_path).config
+    train, path = (tmp_path / "iter_1" / name for name in ("train.parquet", "batches.jsonl"))
+    before, lines = train.read_bytes(), path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1].replace(b"[[2, 1]", b"[[1, 1]") + lines[2])  # still a batch, of other rows
+    assert path.read_bytes() != b"".join(lines)
+    assert "batches.jsonl" in recover(cfg)[0]
+    again = AsyncBuffer(cfg, [NAMES[:6]])
+    again.evaluated(0)
+    assert again.resume_point().up_to == 1
+    assert not again.collected(1)
+    for step in (1, 2):
+        again.published(Publication(step, step, 1, False, "c", 0.0))
+        again.serve(step)
+        again.add([judged(f"p{ticket.index}", 1, version=step) for ticket in again.admit(2)])
+        assert isinstance(again.next_task(step), TrainTask)
+    again.seal(1, NAMES[:6])
+    assert (train.read_bytes(), path.read_bytes()) == (before, b"".join(lines))
+    assert recover(cfg) == []
 
 
 def test_async_damaged_groups_are_sampled_again(tmp_path):

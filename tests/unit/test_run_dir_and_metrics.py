@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,11 @@ from pathlib import Path
 import pytest
 from groups import config
 
+from sppo_ray import storage
 from sppo_ray.errors import ConfigError
 from sppo_ray.metrics import MetricsLog, read_metrics
 from sppo_ray.run_dir import check_run_dir, claim, claimed, read_manifest, update_manifest
+from sppo_ray.storage import Storage, StorageError
 
 
 def test_a_claimed_directory_takes_the_same_config_again(tmp_path):
@@ -68,6 +72,46 @@ def test_sources_may_move_but_not_change(tmp_path):
     check_run_dir(config(tmp_path / "run", data__prompts=str(tmp_path / "b")))
     with pytest.raises(ConfigError, match=r"the content of data\.prompts"):
         check_run_dir(config(tmp_path / "run", data__prompts=str(tmp_path / "c")))
+
+
+def full_for(writes, monkeypatch) -> None:
+    """A disk that refuses the next so many files."""
+    refusals = iter([OSError(errno.ENOSPC, "No space left on device")] * writes)
+
+    def replace(source, target, real=os.replace):
+        if error := next(refusals, None):
+            raise error
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.001)
+
+
+def test_a_full_disk_is_waited_for(tmp_path, monkeypatch, caplog):
+    full_for(3, monkeypatch)
+    with claimed(config(tmp_path, run__storage_patience_s=60), {}):
+        assert "the run pauses" in caplog.text
+        assert read_manifest(tmp_path)["status"] == "running"
+    full_for(3, monkeypatch)
+    update_manifest(tmp_path, Storage(60.0), status="done")
+    assert read_manifest(tmp_path)["status"] == "done"
+
+
+def test_a_disk_that_stays_full_is_said(tmp_path, monkeypatch):
+    full_for(1, monkeypatch)
+    with pytest.raises(StorageError, match=r"config\.yaml.*No space left.*free some space"):
+        claim(config(tmp_path, run__storage_patience_s=0), {})
+    claim(config(tmp_path), {})
+    full_for(1, monkeypatch)
+    with pytest.raises(StorageError, match=r"manifest\.json.*No space left.*free some space"):
+        update_manifest(tmp_path, Storage(0.0), status="done")
+
+
+def test_what_ended_a_run_is_not_hidden_by_its_full_disk(tmp_path, monkeypatch):
+    claim(config(tmp_path), {})
+    full_for(1, monkeypatch)
+    with pytest.raises(OSError, match="No space left"):  # which the driver passes over
+        update_manifest(tmp_path, status="failed")
 
 
 def test_one_process_at_a_time(tmp_path):

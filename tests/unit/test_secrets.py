@@ -41,6 +41,11 @@ def test_a_variable_that_names_a_file_or_is_short_holds_no_secret(tmp_path: Path
     assert secrets_of(environ) == {"HF_TOKEN": SECRET}
 
 
+@pytest.mark.parametrize("secret", ["e" * 2000, "before\0after"])
+def test_a_secret_need_not_be_a_possible_path(secret: str) -> None:
+    assert hide(f"401 for {secret}: denied", {"ID_TOKEN": secret}) == "401 for ***: denied"
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

@@ -246,15 +246,15 @@ async def test_the_buffer_answers_while_the_disk_refuses(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     waiting = [asyncio.create_task(service.add([judged("p0")])), asyncio.create_task(service.record_step({"step": 0}))]
-    while not (trouble := await service.trouble()):
+    while not (trouble := (await service.look()).trouble):
         await asyncio.sleep(0.01)
     assert "No space left" in trouble
     assert await service.held(1) == frozenset()
-    assert await service.last_step() == {}
+    assert (await service.look()).step == {}
     assert not any(task.done() for task in waiting)
     full = False
     await asyncio.gather(*waiting)
-    assert (await service.trouble(), await service.held(1)) == ("", {"p0"})
+    assert ((await service.look()).trouble, await service.held(1)) == ("", {"p0"})
     assert (names(Ledger(service._config).read(1)), read_metrics(tmp_path / "metrics.jsonl")) == (["p0"], [{"step": 0}])
 
 
@@ -271,9 +271,9 @@ async def test_the_run_ends_when_patience_does(tmp_path, monkeypatch):
 async def test_troubles_of_other_processes_are_said_too(tmp_path):
     service = BufferService(config(tmp_path), None)
     await service.report_trouble("learner-0", "the run pauses: cannot write a policy")
-    assert await service.trouble() == "learner-0: the run pauses: cannot write a policy"
+    assert (await service.look()).trouble == "learner-0: the run pauses: cannot write a policy"
     await service.report_trouble("learner-0", "")
-    assert await service.trouble() == ""
+    assert (await service.look()).trouble == ""
 
 
 async def test_a_batch_is_handed_out_when_it_is_on_disk(tmp_path, monkeypatch):
@@ -292,7 +292,7 @@ async def test_a_batch_is_handed_out_when_it_is_on_disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     asked = asyncio.create_task(service.next_task(0))
-    while not await service.trouble():
+    while not (await service.look()).trouble:
         await asyncio.sleep(0.01)
     assert not asked.done()
     assert read_lines(tmp_path / "iter_1/batches.jsonl") == []

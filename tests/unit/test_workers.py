@@ -17,7 +17,7 @@ from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 
 from actors import revival
 from actors.pool import RolloutPool
-from actors.revival import Worker, back_off_s
+from actors.revival import RESTART_LIMIT_S, Worker, back_off_s
 from actors.stacks import Place
 from actors.weights import Published
 from actors.workers import Workers
@@ -140,6 +140,40 @@ def test_an_error_in_the_constructor_at_the_first_start_is_final() -> None:
         with pytest.raises(WorkerFailed, match=r"^w: could not start: ValueError: no such model\. Its log"):
             await workers.started(workers.all[0])
         assert len(stage.actors) == 1
+
+    run_virtual(job())
+
+
+async def never(*_: Any) -> None:
+    await asyncio.sleep(10**6)
+
+
+def test_a_worker_that_nobody_can_place_ends_the_wait_for_it() -> None:
+    async def job() -> None:
+        stage = Stage(quick, never)
+        workers = workers_on(stage)
+        with pytest.raises(
+            WorkerFailed, match=r"^w: does not serve after 900 s; is there room for it in the cluster\? "
+        ):
+            await workers.started(workers.all[0])
+        assert now() == RESTART_LIMIT_S
+        assert len(stage.actors) == 1
+
+    run_virtual(job())
+
+
+def test_a_worker_that_dies_at_its_first_start_has_the_whole_limit_again() -> None:
+    async def start(actor: Actor) -> None:
+        await asyncio.sleep(800)
+        if actor.number == 0:
+            actor.die("killed")
+            await asyncio.sleep(1)
+
+    async def job() -> None:
+        workers = workers_on(Stage(quick, start))
+        await workers.started(workers.all[0])
+        assert workers.all[0].place == "place of w"
+        assert now() == 800 + 800 + 800  # it died, it came back, it was asked
 
     run_virtual(job())
 
@@ -359,5 +393,23 @@ def test_a_worker_that_hangs_in_a_load_is_started_again_and_too_often_is_left_ou
         assert (await pool.stats()).keys() == {"w-0"}
         await pool.remove("w-1")
         assert len(stage.actors) == 3
+
+    run_virtual(job())
+
+
+def test_a_worker_that_hangs_when_it_is_to_sleep_is_started_again_and_sleeps_then(tmp_path: Path) -> None:
+    async def work(actor: Actor, method: str, *args: Any) -> str:
+        if method == "sleep" and actor.number == 0:
+            await never()
+        return "right"
+
+    async def job() -> None:
+        stage = Stage(work)
+        pool = RolloutPool(  # type: ignore[arg-type]
+            config(tmp_path, weights__timeout_s=20.0), {"w": stage.create("w")}, Hub(), create=stage.create
+        )
+        await pool.sleep()
+        assert now() == pytest.approx(20.2)  # the name is free a moment after the end
+        assert [call[0] for call in stage.actors[1].calls] == ["ping", "load", "sleep"]
 
     run_virtual(job())

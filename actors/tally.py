@@ -1,0 +1,52 @@
+"""What a run counts of its misfortunes, over all its attempts and drivers: kept in manifest.json."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+from actors.build import Running
+from sppo_ray.progress import RunProgress
+from sppo_ray.run_dir import read_manifest, update_manifest
+from sppo_ray.types import Look
+
+EVERY_S = 10.0  # what a killed driver loses of the counts
+
+
+class Tally:
+    """restarts, by role: times a worker, the learner's ranks, or all actors (`run`) were started again.
+    groups_sampled: with those sampled again. updates_repeated: updates the learner made again after a restart."""
+
+    def __init__(self, root: Path) -> None:
+        """After the run directory is claimed for this attempt."""
+        before = read_manifest(root)
+        self.seen = Look({}, "", 0, 0)  # of the buffer, last
+        self._root = root
+        self._before = Counter(before.get("restarts", {}))
+        self._before["run"] = len(before.get("resumed", []))
+        self._sampled, self._repeated = before.get("groups_sampled", 0), before.get("updates_repeated", 0)
+        self._kept_at = time.monotonic()
+
+    def keep_now_and_then(self, now: Running, progress: RunProgress) -> None:
+        if time.monotonic() - self._kept_at > EVERY_S:
+            self._kept_at = time.monotonic()
+            self.keep(now, progress)
+
+    def keep(self, now: Running, progress: RunProgress) -> None:
+        """Write the counts as they are. A disk that refuses them is no reason to stop."""
+        here = {
+            "rollout": now.rollout.restarts,
+            "judge": now.judge.restarts,
+            "learner": self.seen.learner_restarts,
+            "run": 0,
+        }
+        restarts = {role: self._before[role] + count for role, count in here.items()}
+        with suppress(OSError):
+            update_manifest(
+                self._root,
+                restarts=restarts,
+                groups_sampled=self._sampled + progress.groups,
+                updates_repeated=self._repeated + self.seen.updates_repeated,
+            )

@@ -1,0 +1,27 @@
+"""A thread for work that may hang, e.g. on a file server that is away."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+async def in_daemon_thread(work: Callable[[], T]) -> T:
+    """As asyncio.to_thread, but nothing waits for the thread when this is cancelled: neither the end of the loop nor that of
+    the process."""
+    done: Future[T] = Future()
+    done.set_running_or_notify_cancel()  # from here on cancelling leaves it alone
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except Exception as error:  # noqa: BLE001 - raised again where it is awaited
+            done.set_exception(error)
+
+    threading.Thread(target=run, name=in_daemon_thread.__name__, daemon=True).start()
+    return await asyncio.wrap_future(done)
