@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -115,7 +116,7 @@ class Head:
 
 @contextmanager
 def ray_head(folder: Path) -> Iterator[Head]:
-    """A head on free ports with a token of its own; its sockets and logs are in `folder`."""
+    """A head on free ports with a token of its own, in `folder`; its sockets, whose paths must be short, are elsewhere."""
     port, dashboard, agent = free_port(), free_port(), free_port()
     token = folder / "token"
     token.write_text("a-token-for-this-test-of-thirty-two-characters")
@@ -127,17 +128,19 @@ def ray_head(folder: Path) -> Iterator[Head]:
         str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
         "--dashboard-host=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true",
         f"--dashboard-agent-listen-port={agent}",  # it takes the jobs; at its default port it may be another Ray's
-        f"--temp-dir={folder}",
     ]  # fmt: skip
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_for(lambda: answers(dashboard), timeout=60)
-        yield Head(f"http://127.0.0.1:{dashboard}", env)
-    finally:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        process.terminate()
-        for left in psutil.wait_procs(family, timeout=10)[1]:
-            left.kill()
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as sockets:
+        process = subprocess.Popen(
+            [*command, f"--temp-dir={sockets}"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            wait_for(lambda: answers(dashboard), timeout=60)
+            yield Head(f"http://127.0.0.1:{dashboard}", env)
+        finally:
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            process.terminate()
+            for left in psutil.wait_procs(family, timeout=10)[1]:
+                left.kill()
 
 
 def free_port() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.actors.job_runs import ROOT, SLOW, SMALL, sppo, train
+from tests.actors.job_runs import PROMPTS, ROOT, SLOW, SMALL, manifest, sppo, train
 
 KINDS = 8  # of processes
 
@@ -40,3 +40,7 @@ def chaos(out: Path, config: str, undisturbed: Path, seed: int, overrides: list[
     assert done.returncode == 0, done.stdout + done.stderr
     for kind in ("rollout", "judge", "buffer", "weights", "learner", "controller", "driver", "power"):
         assert f"killed {kind}" in done.stderr
+    found = manifest(out / "disturbed-0")
+    assert found["restarts"]["run"] >= 3  # buffer, hub and controller; driver and power
+    assert found["groups_generated"] == found["groups_trained"] == 2 * PROMPTS
+    assert found["groups_regenerated"] >= 0

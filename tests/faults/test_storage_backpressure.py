@@ -122,5 +122,5 @@ async def test_the_object_store_stays_flat_while_the_disk_is_slow(a_ray, tmp_pat
     half, bound = len(seen) // 2, IN_FLIGHT * WORKERS * MIB
     print(f"object store: {max(seen) / MIB:.1f} MiB at most, {bound / MIB:.0f} in flight, of {GROUPS} groups of 1 MiB")
     assert bound / 4 < max(seen) <= bound + LINGERING * MIB
-    assert max(seen[half:]) <= max(seen[:half]) + bound  # flat: it does not grow with what was done
+    assert max(seen[half:]) <= max(seen[:half]) + 2 * bound  # flat: it does not grow with what was done
     assert len(await buffer.held(1)) == GROUPS
