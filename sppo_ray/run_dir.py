@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -126,15 +126,8 @@ def update_manifest(root: Path, storage: Storage | None = None, /, **facts: Any)
 def read_manifest(root: Path) -> dict[str, Any]:
     """{} if there is none. Raises ConfigError for one that is damaged."""
     path = root / "manifest.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is damaged ({error}): put back a whole copy, or delete it; it only describes the run."
-        ) from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds {type(found).__name__}, no manifest: delete it; it only describes the run.")
-    return found
+    remedy = "put back a whole copy, or delete it; it only describes the run"
+    return _read_mapping(path, json.loads, remedy) if path.exists() else {}
 
 
 def sources(config: Config) -> dict[str, str]:
@@ -160,15 +153,16 @@ def _write_config(config: Config) -> None:
 
 
 def _own_config(root: Path) -> dict[str, Any]:
-    path = root / "config.yaml"
+    return _read_mapping(root / "config.yaml", yaml.safe_load, "put back the config of this run")
+
+
+def _read_mapping(path: Path, parse: Callable[[str], Any], remedy: str) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = parse(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"{path} is damaged ({' '.join(str(error).split())}): put back the config of this run."
-        ) from None
+        raise ConfigError(f"{path} is damaged ({' '.join(str(error).split())}): {remedy}.") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds {type(found).__name__}, no config: put back the config of this run.")
+        raise ConfigError(f"{path} holds {type(found).__name__}, not keys and values: {remedy}.")
     return found
 
 
