@@ -8,6 +8,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from groups import config, judged
@@ -234,17 +235,23 @@ def test_lines_that_are_damaged_are_left_out(tmp_path, caplog):
     assert [line["step"] for line in read_metrics(path)] == [0, 1, 3, 2]
 
 
-async def test_the_buffer_answers_while_the_disk_refuses(tmp_path, monkeypatch):
-    """And says what is wrong; groups and lines are acknowledged when the fault is over."""
-    service = BufferService(config(tmp_path, run__storage_patience_s=60, buffer__flush_s=0.01), None)
-    full = True
+def full_disk(monkeypatch):
+    """Refuses every write until its `full` is set to False."""
+    disk = SimpleNamespace(full=True)
 
     def fsync(descriptor, real=os.fsync):
-        if full:
+        if disk.full:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
+    return disk
+
+
+async def test_the_buffer_answers_while_the_disk_refuses(tmp_path, monkeypatch):
+    """And says what is wrong; groups and lines are acknowledged when the fault is over."""
+    service = BufferService(config(tmp_path, run__storage_patience_s=60, buffer__flush_s=0.01), None)
+    disk = full_disk(monkeypatch)
     waiting = [asyncio.create_task(service.add([judged("p0")])), asyncio.create_task(service.record_step({"step": 0}))]
     while not (trouble := (await service.look()).trouble):
         await asyncio.sleep(0.01)
@@ -252,7 +259,7 @@ async def test_the_buffer_answers_while_the_disk_refuses(tmp_path, monkeypatch):
     assert await service.held(1) == frozenset()
     assert (await service.look()).step == {}
     assert not any(task.done() for task in waiting)
-    full = False
+    disk.full = False
     await asyncio.gather(*waiting)
     assert ((await service.look()).trouble, await service.held(1)) == ("", {"p0"})
     assert (names(Ledger(service._config).read(1)), read_metrics(tmp_path / "metrics.jsonl")) == (["p0"], [{"step": 0}])
@@ -283,20 +290,13 @@ async def test_a_batch_is_handed_out_when_it_is_on_disk(tmp_path, monkeypatch):
     service = BufferService(cfg, [slice_])
     await service.evaluated(0)
     await service.add([judged(slice_[ticket.index]) for ticket in await service.admit(2)])
-    full = True
-
-    def fsync(descriptor, real=os.fsync):
-        if full:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
+    disk = full_disk(monkeypatch)
     asked = asyncio.create_task(service.next_task(0))
     while not (await service.look()).trouble:
         await asyncio.sleep(0.01)
     assert not asked.done()
     assert read_lines(tmp_path / "iter_1/batches.jsonl") == []
-    full = False
+    disk.full = False
     task = await asked
     (cut,) = Ledger(cfg).batches(1)
     assert [example.prompt_id for example in task.examples] == [slice_[index] for index, _ in cut.groups]
