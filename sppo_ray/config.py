@@ -188,8 +188,8 @@ class Learner(Section):
     keep_checkpoints: int = Field(2, ge=1)
     """Checkpoints kept within an iteration; at its end its saved policy takes their place."""
     max_restarts: int = Field(2, ge=0)
-    """Times Ray Train restarts the learner's group after a failure. Then all actors are started again, if there was
-    progress, else the run fails."""
+    """Times Ray Train restarts the learner's group after a failure. Then all actors are started again, within
+    cluster.max_restarts."""
     timeout_s: float = Field(1800.0, gt=0)
     """An update, or a wait for the other ranks, that takes longer is taken for hung; the ranks that did not arrive are
     named, and the group is started again."""
@@ -237,7 +237,8 @@ class Cluster(Section):
     """CPU threads of each worker's torch."""
     max_restarts: int = Field(3, ge=0)
     """Times a rollout or judge worker is started again without having finished a call in between. Then it stays away;
-    the run fails with the first error when none is left."""
+    the run fails with the first error when none is left. Also the times all actors are started again from the run
+    directory without the run having got any further; then it fails with the first error, too."""
 
 
 class Evaluation(Section):
