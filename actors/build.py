@@ -19,7 +19,8 @@ from actors.buffer import BufferActor
 from actors.buffer_client import BufferClient
 from actors.judge import JudgeWorker
 from actors.learner import NAME as LEARNER
-from actors.learner import LearnerActor, LearnerProcess
+from actors.learner import LearnerActor
+from actors.learner_process import LearnerProcess
 from actors.policy_folder import local_folder
 from actors.pool import JudgePool, RolloutPool
 from actors.process import environment
@@ -27,8 +28,9 @@ from actors.publish import publish_folder
 from actors.rollout import RolloutWorker
 from actors.weights import NAME as HUB
 from actors.weights import WeightsHub
+from actors.workers import call
 from sppo_ray.config import Config
-from sppo_ray.errors import GroupLost
+from sppo_ray.errors import GroupLost, WorkerFailed
 from sppo_ray.evaluation import HeldOutEvaluator, Oracle
 from sppo_ray.layout import Layout, RoleLayout, check_placement
 from sppo_ray.protocols import Handle, System
@@ -69,8 +71,25 @@ async def running(
 ) -> AsyncIterator[Running]:
     """Start every actor, wait until all serve, and let the learner finish on the way out. The actors end with the driver's
     connection to Ray. slices: the prompts of each iteration; None: nothing is trained, and there is no learner."""
-    buffer = BufferClient(_actor(BufferActor, BUFFER, config, LIGHT).remote(config, _ids(slices)))
     hub = _actor(WeightsHub, HUB, config, LIGHT).remote(config)
+    try:
+        now = await _started(config, layout, heldout, slices, hub)
+    except WorkerFailed:
+        await call(hub, HUB, "ping")  # raises WorkerDied: without the hub no worker can start, and that was the cause
+        raise
+    yield now
+    if now.learner:
+        await now.learner.join(timeout_s=120)
+
+
+async def _started(
+    config: Config,
+    layout: Layout,
+    heldout: Sequence[Prompt],
+    slices: Sequence[Sequence[Prompt]] | None,
+    hub: ActorHandle,
+) -> Running:
+    buffer = BufferClient(_actor(BufferActor, BUFFER, config, LIGHT).remote(config, _ids(slices)))
     done = await buffer.last_trained()
     policy, version = (done.policy_dir, done.version) if done else (config.policy.model, 0)
 
@@ -91,7 +110,7 @@ async def running(
     learner = None
     if slices is not None:
         actor = _actor(LearnerActor, LEARNER, config, LIGHT).remote(config, layout, buffer.actor, hub)
-        learner = LearnerProcess(actor, buffer.actor)
+        learner = LearnerProcess(actor, buffer.actor, config.learner.timeout_s)
     placed = await learner.placed() if learner and layout.gpus else []
     judges = {name: create("judge", name) for name in (f"judge-{n}" for n in range(layout.judge.workers))}
     judge = JudgePool(config, judges, create=partial(create, "judge"))
@@ -102,9 +121,7 @@ async def running(
     if layout.gpus:
         check_placement(layout, [*await rollout.where(), *placed, *await judge.where()])
     evaluator = HeldOutEvaluator(config, heldout, rollout, judge, fetch, buffer.record, oracle_of(config))
-    yield Running(rollout, judge, buffer, evaluator, hub, learner, done, create)
-    if learner:
-        await learner.join(timeout_s=120)
+    return Running(rollout, judge, buffer, evaluator, hub, learner, done, create)
 
 
 def _ids(slices: Sequence[Sequence[Prompt]] | None) -> list[list[str]] | None:

@@ -51,12 +51,14 @@ class JudgeWorker:
 
     async def judge(self, group: ResponseGroup, receipt: Receipt) -> tuple[JudgedGroup, Receipt]:
         """Add the logits. Call with num_returns=2. Raises JudgeError naming the prompt."""
+        source, candidates = self._source(group.prompt), [response.text for response in group.responses]
         try:
-            logits = self._pairrm.logits(self._source(group.prompt), [response.text for response in group.responses])
+            logits = self._pairrm.logits(source, candidates)
         except JudgeError as error:
             raise JudgeError(f"prompt {group.prompt.prompt_id!r}: {error}") from error
         self._groups += 1
-        return JudgedGroup(group, logits, self.name), receipt
+        cut = self._pairrm.encoder.cut_candidates(source, candidates)
+        return JudgedGroup(group, logits, self.name, cut), receipt
 
     def _source(self, prompt: Prompt) -> str:
         return prompt.templated if self._templated else prompt.text

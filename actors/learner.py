@@ -1,9 +1,9 @@
-"""The learner: one long Ray Train run whose loop pulls its tasks from the buffer, and the driver's side of it."""
+"""The learner: one long Ray Train run whose loop pulls its tasks from the buffer. The driver's side of it is in
+`learner_process.py`."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import os
 import time
@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
@@ -23,11 +23,9 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from actors.process import assignment, environment, redirect_output
 from actors.rank_pulse import Member, Watchman, start_pulse
 from actors.ranks import Ranks, Way
-from actors.revival import RESTART_LIMIT_S
-from actors.workers import failure
 from sppo_ray.config import Config
-from sppo_ray.errors import LearnerError, SppoError, WorkerDied, WorkerFailed
-from sppo_ray.layout import Assignment, Layout
+from sppo_ray.errors import LearnerError, SppoError, WorkerDied
+from sppo_ray.layout import Layout
 from sppo_ray.rank_watch import Place
 from sppo_ray.storage import Storage, StorageError
 from sppo_ray.types import (
@@ -39,8 +37,6 @@ from sppo_ray.types import (
     TrainedIteration,
     TrainTask,
 )
-
-logger = logging.getLogger(__name__)
 
 NAME = "learner"
 # Collectives give up by themselves so much later than the watchman, who names the rank: if he himself is gone.
@@ -205,75 +201,6 @@ class LearnerActor:
         except (TrainingFailedError, RayError) as error:
             found = self._watchman.said, describe_failure(error)
             raise WorkerDied("\n".join(filter(None, found))) from None
-
-
-class LearnerProcess:
-    """The driver's side: `protocols.Learner` over the learner actor and the buffer, which knows what is trained."""
-
-    def __init__(self, actor: Any, buffer: Any) -> None:
-        """actor, buffer: handles of the LearnerActor and the buffer."""
-        self._buffer = buffer
-        self._fit = actor.fit.remote()
-
-    async def placed(self) -> list[Assignment]:
-        """Waits until every rank has loaded the policy (and offloaded it, where it takes turns). Raises WorkerFailed;
-        WorkerDied if that takes longer than RESTART_LIMIT_S."""
-        try:
-            async with asyncio.timeout(RESTART_LIMIT_S):
-                return await self._answer(self._buffer.learner_placed.remote(), "every rank was ready")
-        except TimeoutError:
-            raise WorkerDied(
-                f"{NAME}: not every rank was ready after {RESTART_LIMIT_S:g} s; is there room for them in the cluster? "
-                f"Their logs are logs/{NAME}-*.log in the run directory."
-            ) from None
-
-    async def train(self, iteration: int) -> TrainedIteration:
-        """Raises LearnerError or WorkerFailed if the learner ends before the iteration's policy is published."""
-        return await self._answer(self._buffer.train.remote(iteration), f"iteration {iteration} was trained")
-
-    def check(self) -> None:
-        """Raises WorkerFailed if the learner has failed."""
-        if ray.wait([self._fit], timeout=0)[0]:
-            _result(self._fit)
-
-    async def join(self, timeout_s: float) -> None:
-        """Wait until the learner is at its StopTask, but no longer than this: it has nothing left to do. Raises WorkerFailed
-        if it failed."""
-        ended, _ = await asyncio.to_thread(ray.wait, [self._fit], timeout=timeout_s)
-        if ended:
-            _result(self._fit)
-        else:
-            logger.warning("%s: still running %g s after its last iteration; it ends with the run", NAME, timeout_s)
-
-    async def _answer(self, reference: Any, event: str) -> Any:
-        """The buffer's answer, which comes with `event`, unless the learner ends first."""
-        answer, fit = asyncio.ensure_future(_awaited(reference)), asyncio.ensure_future(_awaited(self._fit))
-        try:
-            await asyncio.wait([answer, fit], return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                _result(self._fit)
-                # It ended of itself: after its last iteration, or giving up, and the buffer has been told.
-                await asyncio.wait([answer], timeout=30)
-            if answer.done():
-                return _result(reference)
-            raise WorkerFailed(f"{NAME}: stopped before {event}")
-        finally:
-            answer.cancel()
-            fit.cancel()
-
-
-async def _awaited(reference: Any) -> Any:
-    return await reference
-
-
-def _result(reference: Any) -> Any:
-    """What a finished call gave; our own errors as they were raised in the actor, Ray's as WorkerFailed."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, SppoError) else failure(NAME, error)) from None
-    except RayError as error:
-        raise failure(NAME, error) from error
 
 
 def _trainer(config: Config, layout: Layout, handles: dict[str, Any]) -> TorchTrainer:

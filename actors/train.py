@@ -107,6 +107,9 @@ async def _schedule(now: Running, config: Config, checked: Preflight, progress: 
         progress.resumed(now.done)
     start, slices = now.done.iteration if now.done else 0, checked.prompts.slices
     if config.schedule.mode == "async":
+        assert isinstance(progress, AsyncProgress)
+        ledger = Ledger(config)
+        progress.holds(sum(ledger.groups(t) for t in range(1, config.schedule.iterations + 1)))
         await asynchronous.run(now.system, slices, config, progress, start, now.version)
         return
     try:

@@ -10,6 +10,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 
@@ -135,6 +136,13 @@ class AsyncBuffer(TrainingBuffer):
         """A checkpoint beyond the last batch that is on disk (its groups were lost) must not be gone on from."""
         start = super().resume_point()
         return replace(start, up_to=self.admission.next_step) if self._ready_order else start
+
+    def of_lost_history(self, line: Mapping[str, Any]) -> bool:
+        """Whether a line of metrics.jsonl tells of updates whose batches are cut anew, or of what came of them."""
+        step = line.get("step", line.get("after_step"))
+        if step is None and (iteration := line.get("iteration")):
+            step = self.plan.end_step(iteration)
+        return self._ready_order and step is not None and step > self.admission.next_step
 
     def published(self, publication: Publication) -> None:
         """The hub holds these weights."""

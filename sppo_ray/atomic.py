@@ -57,6 +57,11 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_json(path: Path, data: Any) -> None:
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -202,6 +202,7 @@ def summarise(table: pa.Table, iteration: int, config: Config, steps: int) -> Sl
         examples=len(table),
         identical_groups=sum(len(set(group)) == 1 for group in texts),
         empty_responses=sum(not text.strip() for group in texts for text in group),
+        cut_responses=sum(table["cut_responses"].to_pylist()),
         order_inconsistency=float(order_inconsistency(logits).mean()),
         cycle_rate=float(has_cycle(logits).mean()),
         steps=steps,

@@ -53,6 +53,8 @@ class BufferService:
         self._async = AsyncBuffer(config, slices or []) if streams else None
         self._buffer = self._async or TrainingBuffer(config)
         self._metrics = MetricsLog(Path(config.run.dir) / "metrics.jsonl", self._buffer.ledger.storage)
+        if self._async:
+            self._metrics.forget(self._async.of_lost_history)
         self._troubles: dict[str, str] = {}  # of other processes' storage, by process
         self._waiting: list[tuple[JudgedGroup, asyncio.Future[None]]] = []
         self._flusher: asyncio.Task[None] | None = None
@@ -202,9 +204,6 @@ class BufferService:
     async def record(self, line: Mapping[str, Any]) -> bool:
         """Append a line to metrics.jsonl; False if its event is already there."""
         return await self._durably(self._metrics.write, line)
-
-    async def metrics(self) -> list[dict[str, Any]]:
-        return self._metrics.lines
 
     async def look(self) -> Look:
         own = self._buffer.ledger.storage.trouble

@@ -28,7 +28,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from sppo_ray.atomic import LineFile, checksums_of, hash_of, line_of, read_checked_lines, whole_file, write_json
+from sppo_ray.atomic import (
+    LineFile,
+    checksums_of,
+    hash_of,
+    line_of,
+    read_checked_lines,
+    whole_file,
+    write_bytes,
+    write_json,
+)
 from sppo_ray.config import Config
 from sppo_ray.errors import SppoError
 from sppo_ray.storage import Storage, StorageError
@@ -75,7 +84,7 @@ class Ledger:
         number = self._next_shard[folder]
         content = _serialised(table)
         path = folder / f"shard-{number:06d}-{hash_of(content)}.parquet"
-        self.storage.patiently("judged groups", path, lambda: _write_bytes(path, content))
+        self.storage.patiently("judged groups", path, lambda: write_bytes(path, content))
         self._next_shard[folder] = number + 1
         return table
 
@@ -122,7 +131,7 @@ class Ledger:
 
     def rewrite_batches(self, iteration: int, batches: Sequence[CutBatch]) -> None:
         path, content = self._batches_path(iteration), b"".join(line_of(dataclasses.asdict(b), True) for b in batches)
-        self.storage.patiently("batches", path, lambda: _write_bytes(path, content))
+        self.storage.patiently("batches", path, lambda: write_bytes(path, content))
         self._batch_files.pop(iteration, None)
 
     def _batch_file(self, iteration: int) -> LineFile:
@@ -248,11 +257,6 @@ def _damaged(path: Path, error: Exception) -> StorageError:
         f"{path} is damaged ({error}). Put back a whole copy (run.mirror's, if there is one), or delete it: what it records is "
         "then done again."
     )
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_bytes(content)
 
 
 def _write_table(path: Path, table: pa.Table) -> str:

@@ -32,6 +32,7 @@ from sppo_ray.model_shapes import ModelShape
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+OPTIMIZER_BYTES = {"rmsprop": 4, "adamw": 8}  # a parameter
 MARGIN = 0.05  # of the GPU's memory: fragmentation, and what the driver keeps
 
 CONTEXT = 1.0  # GiB; CUDA context and libraries of one process, with NCCL's buffers
@@ -113,14 +114,14 @@ def learner_state(config: Config, policy: ModelShape) -> tuple[Part, ...]:
     shard = policy.parameters / (learner.num_workers if learner.zero_stage else 1)
     master = 0 if learner.zero_stage == 0 and e == 4 else 4
     frozen: tuple[Part, ...] = ()
-    if config.schedule.mode == "async" and config.reference == "snapshot" and config.schedule.batch_order == "ready":
+    if _has_frozen_reference(config):
         part = shard if learner.zero_stage == 3 else policy.parameters
         frozen = (Part("frozen reference", BYTES[config.policy.dtype] * part / GIB),)
     return (
         *frozen,
         Part("parameters", e * (shard if learner.zero_stage == 3 else policy.parameters) / GIB),
         Part("fp32 master", master * shard / GIB),
-        Part(f"{learner.optimizer} state", {"rmsprop": 4, "adamw": 8}[learner.optimizer] * shard / GIB),
+        Part(f"{learner.optimizer} state", OPTIMIZER_BYTES[learner.optimizer] * shard / GIB),
     )
 
 
@@ -181,7 +182,8 @@ def host_parts(config: Config, layout: Layout, policy: ModelShape, judge: ModelS
     packing = Part("chunks being packed and read", 2 * min(config.weights.chunk_mb / 1024, weights))
     if layout.gpus:
         ranks = min(layout.learner.workers, layout.gpus_per_node)
-        parts = [published, packing, Part("learner ranks, each loading the whole policy at the start", ranks * weights)]
+        loading = Part("learner ranks, each loading the whole policy at the start", ranks * weights)
+        parts = [published, packing, *_checkpoint_parts(config, policy), loading]
         if layout.takes_turns:
             state = sum(part.gib for part in learner_state(config, policy))
             parts.append(Part("learner offloaded while sampling", state * layout.gpus_per_node))
@@ -192,11 +194,27 @@ def host_parts(config: Config, layout: Layout, policy: ModelShape, judge: ModelS
     return (
         published,
         packing,
+        *_checkpoint_parts(config, policy),
         Part("rollout workers", layout.rollout.workers * engine),
         Part("learner ranks", layout.learner.workers * learner),
         Part("judges", layout.judge.workers * sum(part.gib for part in judge_parts(config, judge))),
         Part(f"{processes} processes at {PROCESS:g} GiB", processes * PROCESS),
     )
+
+
+def _checkpoint_parts(config: Config, policy: ModelShape) -> tuple[Part, ...]:
+    """The full state of the learner on the node of rank 0, from the moment it is gathered until it is written."""
+    if not config.learner.checkpoint_every:
+        return ()
+    state = (4 + OPTIMIZER_BYTES[config.learner.optimizer]) * policy.parameters
+    if _has_frozen_reference(config):
+        state += BYTES[config.policy.dtype] * policy.parameters
+    return (Part("a checkpoint being written, on the node of learner-0", state / GIB),)
+
+
+def _has_frozen_reference(config: Config) -> bool:
+    schedule = config.schedule
+    return schedule.mode == "async" and config.reference == "snapshot" and schedule.batch_order == "ready"
 
 
 def _phases(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sppo_ray.atomic import LineFile, make_folder, read_lines
+from sppo_ray.atomic import LineFile, line_of, make_folder, read_lines, write_bytes
 from sppo_ray.storage import Storage
 
 
@@ -18,10 +18,21 @@ class MetricsLog:
     def __init__(self, path: Path, storage: Storage | None = None) -> None:
         self._storage = storage or Storage()
         make_folder(path.parent)
-        self.lines = read_metrics(path)
-        self._known = {_key(line) for line in self.lines}
+        self._known = {_key(line) for line in read_metrics(path)}  # the lines themselves would grow with the run
         self._file = LineFile(path)
         self._lock = threading.Lock()
+
+    def forget(self, lost: Callable[[Mapping[str, Any]], bool]) -> int:
+        """Take out lines, by their content: what they tell of will be done again, otherwise. Returns how many."""
+        with self._lock:
+            lines = read_metrics(self._file.path)
+            kept = [line for line in lines if not lost(line)]
+            if forgotten := len(lines) - len(kept):
+                content = b"".join(line_of(line, checked=False) for line in kept)
+                self._storage.patiently("metrics", self._file.path, lambda: write_bytes(self._file.path, content))
+                self._file = LineFile(self._file.path)
+                self._known = {_key(line) for line in kept}
+            return forgotten
 
     def write(self, line: Mapping[str, Any]) -> bool:
         """Append a line, which is on disk then: a learner that goes on from a checkpoint does not make the lines before it
@@ -31,7 +42,6 @@ class MetricsLog:
                 return False
             self._storage.patiently("metrics", self._file.path, lambda: self._file.append(line))
             self._known.add(_key(line))
-            self.lines.append(dict(line))
             return True
 
 

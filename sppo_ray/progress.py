@@ -94,8 +94,8 @@ class RunProgress:
     def sealed(self, summary: SliceSummary) -> None:
         self.say(
             f"  sealed: {summary.groups} groups, {self._tokens:,} tokens, {self._truncated} responses at the token limit, "
-            f"{summary.identical_groups} groups of identical responses, order inconsistency "
-            f"{summary.order_inconsistency:.1%}, cycles {summary.cycle_rate:.1%}"
+            f"{summary.cut_responses} longer than the judge reads, {summary.identical_groups} groups of identical responses, "
+            f"order inconsistency {summary.order_inconsistency:.1%}, cycles {summary.cycle_rate:.1%}"
         )
         self._steps, self._since = summary.steps, time.monotonic()
         name = f"iteration {summary.iteration}/{self.iterations}"

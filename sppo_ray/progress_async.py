@@ -26,10 +26,15 @@ class AsyncProgress(RunProgress):
 
     def resumed(self, trained: TrainedIteration) -> None:
         self._first_step = trained.step
-        for task in (self._sampled, self._judged):
-            self.bars.update(task, completed=self.plan.tickets_of(trained.iteration).stop)
         self.bars.update(self._trained, completed=trained.step)
         self.say(f"going on after iteration {trained.iteration}")
+
+    def holds(self, groups: int) -> None:
+        """A run that goes on has so many judged groups on disk already."""
+        for task in (self._sampled, self._judged):
+            self.bars.update(task, completed=min(groups, self.plan.tickets))
+        if groups:
+            self.say(f"{groups} groups are already in the ledger")
 
     def judged(self, receipt: Receipt) -> None:
         self.bars.update(self._judged, advance=1)
@@ -38,7 +43,8 @@ class AsyncProgress(RunProgress):
     def sealed(self, summary: SliceSummary) -> None:
         self.say(
             f"iteration {summary.iteration}/{self.iterations}: all {summary.groups} groups are in, "
-            f"{summary.identical_groups} of identical responses, order inconsistency {summary.order_inconsistency:.1%}, "
+            f"{summary.identical_groups} of identical responses, {summary.cut_responses} responses longer than the judge reads, "
+            f"order inconsistency {summary.order_inconsistency:.1%}, "
             f"cycles {summary.cycle_rate:.1%}"
         )
 

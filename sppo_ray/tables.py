@@ -44,6 +44,7 @@ def generated_schema(k: int) -> pa.Schema:
             ("epoch", pa.int64()),  # pass over the slice; 0 where it is sampled once
             ("finish_reasons", pa.list_(pa.string())),
             ("seeds", pa.list_(pa.int64())),
+            ("cut_responses", pa.int64()),  # of the K, those that are longer than the judge reads
         ]
     )
 
@@ -106,6 +107,7 @@ def generated_table(judged: Sequence[JudgedGroup], mode: str) -> pa.Table:
         "epoch": [g.epoch for g in groups],
         "finish_reasons": _lists_of(k, [r.finish_reason for r in every]),
         "seeds": _lists_of(k, [r.seed for r in every]),
+        "cut_responses": [j.cut for j in judged],
     }
     schema = generated_schema(k)
     return pa.table([_column(columns[field.name], field.type) for field in schema], schema=schema)

@@ -67,6 +67,7 @@ class JudgedGroup:
     group: ResponseGroup
     logits: np.ndarray  # float32 [K, K]; [i, j] is the logit with response i on the left, j on the right; diagonal 0
     judge: str  # name of the judge actor
+    cut: int = 0  # responses that are longer than the judge reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +168,7 @@ class SliceSummary:
     examples: int
     identical_groups: int  # K responses with one text
     empty_responses: int
+    cut_responses: int  # longer than the judge reads
     order_inconsistency: float  # share of pairs whose verdict changes with the order, in [0, 1]
     cycle_rate: float  # share of groups whose majority preferences contain a cycle, in [0, 1]
     steps: int  # optimizer updates this slice gives

@@ -75,7 +75,7 @@ class PairEncoder:
         """Token ids of the K(K-1) ordered pairs (left i, right j), i != j, by i then j."""
         m = self.markers
         prompt = self._segment(m.source, source, self.source_max_tokens)
-        limit = self.candidate_max_tokens + (self.source_max_tokens - len(prompt)) // 2
+        limit = self._candidate_limit(prompt)
         left = [self._segment(m.candidate1, text, limit) for text in candidates]
         right = [[m.cls, m.candidate2, *ids[2:]] for ids in left]
         indices = range(len(candidates))
@@ -83,9 +83,21 @@ class PairEncoder:
 
     def cut_sources(self, sources: Sequence[str]) -> int:
         """How many of the texts are longer than the source may be, and are read up to the limit."""
-        room = self.source_max_tokens - MIN_TOKENS + 1
-        encoded = self._texts.encode_batch([_clean(text) for text in sources], add_special_tokens=False)
-        return sum(len(one.ids) > room for one in encoded)
+        return self._longer(sources, self.source_max_tokens)
+
+    def cut_candidates(self, source: str, candidates: Sequence[str]) -> int:
+        """How many of the candidates are longer than they may be beside this source."""
+        prompt = self._segment(self.markers.source, source, self.source_max_tokens)
+        return self._longer(candidates, self._candidate_limit(prompt))
+
+    def _candidate_limit(self, prompt: list[int]) -> int:
+        """A short source leaves its room to the two candidates."""
+        return self.candidate_max_tokens + (self.source_max_tokens - len(prompt)) // 2
+
+    def _longer(self, texts: Sequence[str], limit: int) -> int:
+        """How many texts `_segment` would cut."""
+        encoded = self._texts.encode_batch([_clean(text) for text in texts], add_special_tokens=False)
+        return sum(len(one.ids) > limit - MIN_TOKENS + 1 for one in encoded)
 
     def _segment(self, marker: int, text: str, limit: int) -> list[int]:
         """[CLS] marker text [SEP], the text's end cut so that all is at most `limit` tokens."""

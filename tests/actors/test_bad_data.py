@@ -34,9 +34,9 @@ def poisoned_judge(folder: Path) -> Path:
     return folder
 
 
-def group(prompt_id: str, text: str) -> Handle:
+def group(prompt_id: str, text: str, *texts: str) -> Handle:
     prompt = Prompt(prompt_id, text, text, np.zeros(2, np.int32))
-    answers = [Response(np.ones(1, np.int32), a, "stop", -1.0, -np.ones(1, np.float32), 0) for a in ("yes", "no")]
+    answers = [Response(np.ones(1, np.int32), a, "stop", -1.0, -np.ones(1, np.float32), 0) for a in texts]
     return Handle(
         ray.put(ResponseGroup(prompt, 1, tuple(answers), 0, 0, "rollout-0")), Receipt(prompt_id, "r", 2, 0, 0)
     )
@@ -52,10 +52,11 @@ async def test_nan_logits_name_the_prompt_and_leave_the_judge_alive(
         pool = JudgePool(config, {"judge-0": worker})
         before = ray.get(worker.stats.remote())["pid"]
         with pytest.raises(WorkerFailed, match=r"^judge-0: JudgeError: prompt 'poisoned': PairRM .* NaN") as failure:
-            await pool.judge(group("poisoned", "is # a letter?"))
+            await pool.judge(group("poisoned", "is # a letter?", "yes", "no"))
         assert type(failure.value) is WorkerFailed  # not taken for a death, which is tried again
-        judged = await pool.judge(group("fine", "is a a letter?"))
-        assert np.isfinite((await judged.ref).logits).all()
+        judged = await (await pool.judge(group("fine", "is a a letter?", "yes", "no " * 2000))).ref
+        assert np.isfinite(judged.logits).all()
+        assert judged.cut == 1
         after = ray.get(worker.stats.remote())
         assert (after["pid"], after["groups"]) == (before, 1)
     finally:

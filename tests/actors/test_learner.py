@@ -23,7 +23,8 @@ from learner_factory import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.learner import LearnerActor, LearnerProcess
+from actors.learner import LearnerActor
+from actors.learner_process import LearnerProcess
 from actors.weights import WeightsHub
 from sppo_ray.config import Config
 from sppo_ray.errors import LearnerError, WorkerFailed
@@ -281,4 +282,4 @@ async def test_the_driver_is_told_what_went_wrong(ray_local: None, outcome: Outc
 
 def start(config: Config, buffer: Any, hub: Any) -> LearnerProcess:
     actor = ray.remote(LearnerActor).options(num_cpus=0).remote(config, LAYOUT, buffer, hub)
-    return LearnerProcess(actor, buffer)
+    return LearnerProcess(actor, buffer, config.learner.timeout_s)

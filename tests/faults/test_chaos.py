@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.actors.job_runs import PROMPTS, ROOT, SLOW, SMALL, manifest, sppo, train
+from tests.actors.job_runs import PROMPTS, ROOT, SLOW, SMALL, manifest, sppo, train, wait_for
 
 KINDS = 8  # of processes
 
@@ -16,6 +16,22 @@ KINDS = 8  # of processes
 @pytest.mark.timeout(600)
 def test_every_kind_is_killed_and_the_tables_and_weights_are_the_same(whole, tmp_path):
     chaos(tmp_path, "tiny_cpu", undisturbed=whole[0], seed=3, overrides=["learner.checkpoint_every=1"])
+
+
+@pytest.mark.timeout(300)
+def test_a_hub_that_dies_while_the_workers_start_is_started_again_with_them(tmp_path):
+    sys.path.insert(0, str(ROOT / "scripts/bench"))
+    import chaos as kills
+
+    run = kills.Run(ROOT / "configs/tiny_cpu.yaml", tmp_path / "run", [*SMALL, "schedule.iterations=1", "data.limit=8"])
+    try:
+        wait_for(lambda: run.victims("rollout") and run.victims("weights"))
+        run.victims("weights")[0].kill()
+        run.wait()
+    finally:
+        run.process.kill()
+    assert manifest(tmp_path / "run")["status"] == "done"
+    assert "starting all actors again" in run.log.read_text()
 
 
 @pytest.mark.timeout(600)

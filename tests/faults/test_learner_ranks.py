@@ -15,7 +15,8 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from actors.learner import LearnerActor, LearnerProcess
+from actors.learner import LearnerActor
+from actors.learner_process import LearnerProcess
 from actors.process import environment
 from actors.weights import WeightsHub
 from sppo_ray.layout import Layout, RoleLayout

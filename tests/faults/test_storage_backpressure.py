@@ -1,4 +1,5 @@
-"""A slow disk holds sampling back: what is in the object store stays within what may be in flight, however long the run."""
+"""A slow disk or a slow learner holds sampling back: what is in the object store stays within what may be in flight, however
+long the run."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 # Ray reads the mode when it is imported.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -23,9 +25,19 @@ from actors.buffer import BufferActor
 from actors.buffer_client import BufferClient
 from actors.process import environment
 from sppo_ray.config import Config
-from sppo_ray.protocols import Handle
+from sppo_ray.protocols import Handle, System
+from sppo_ray.schedules import asynchronous
 from sppo_ray.schedules.synchronous import sample_and_judge
-from sppo_ray.types import JudgedGroup, Receipt
+from sppo_ray.types import (
+    JudgedGroup,
+    Publication,
+    PublishTask,
+    Receipt,
+    SaveTask,
+    StopTask,
+    TrainedIteration,
+    TrainTask,
+)
 from tests.unit.groups import config, judged, prompt
 
 ROOT = Path(__file__).parents[2]
@@ -67,26 +79,75 @@ class SlowBuffer(BufferActor):
         self._buffer.store = slowly
 
 
-def large(name: str) -> JudgedGroup:
+def large(name: str, iteration: int, version: int) -> JudgedGroup:
     """About one MiB of text."""
-    group = judged(name)
+    group = judged(name, iteration, version=version)
     responses = tuple(dataclasses.replace(r, text=f"{name} " * (MIB // 5 // 4)) for r in group.group.responses)
     return dataclasses.replace(group, group=dataclasses.replace(group.group, responses=responses))
 
 
 class Sampler:
-    """Rollout and judge in one, without limits of its own."""
+    """Rollout, judge and evaluator in one, without limits of their own."""
+
+    slots = IN_FLIGHT * WORKERS
 
     def __init__(self) -> None:
         self._large = ray.remote(large).options(num_cpus=0.1)
+        self.version = self.sampled = 0
 
-    async def generate(self, asked, sampling, iteration):
-        ref = self._large.remote(asked.prompt_id)
+    async def generate(self, asked, sampling, iteration, epoch=0, protected=False):
+        version, self.sampled = self.version, self.sampled + 1
+        ref = self._large.remote(asked.prompt_id, iteration, version)
         await asyncio.to_thread(ray.wait, [ref], fetch_local=False)
-        return Handle(ref, Receipt(asked.prompt_id, "rollout-0", 1, 0, 0))
+        return Handle(ref, Receipt(asked.prompt_id, "rollout-0", 1, 0, version, iteration, epoch))
 
     async def judge(self, group):
         return group
+
+    async def load(self, version):
+        self.version = version
+        return {"rollout-0": {"version": version}}
+
+    async def evaluate(self, iteration):
+        pass
+
+
+class SlowLearner:
+    """It takes its time for every update."""
+
+    def __init__(self, buffer: Any) -> None:
+        self._buffer = buffer
+        self.step = 0
+
+    async def train(self, iteration):
+        return await self._buffer.train.remote(iteration)
+
+    async def learn(self) -> None:
+        while True:
+            task = await self._buffer.next_task.remote(self.step)
+            match task:
+                case TrainTask():
+                    await asyncio.sleep(0.5)
+                    self.step += 1
+                case PublishTask():
+                    await self._buffer.published.remote(self._publication(task, ends=False))
+                case SaveTask():
+                    trained = TrainedIteration(task.iteration, task.version, self.step, "", "elsewhere")
+                    await self._buffer.saved.remote(trained, self._publication(task, ends=True))
+                case StopTask():
+                    return
+
+    def _publication(self, task: PublishTask | SaveTask, ends: bool) -> Publication:
+        return Publication(task.version, self.step, task.iteration, ends, "", 0.0, None)
+
+
+WATCH = SimpleNamespace(
+    sampling=lambda *a, **k: None,
+    sampled=lambda receipt: None,
+    judged=lambda receipt: None,
+    sealed=lambda summary: None,
+    trained=lambda trained: None,
+)
 
 
 def in_store() -> int:
@@ -94,6 +155,30 @@ def in_store() -> int:
     (node,) = (node for node in ray.nodes() if node["Alive"])
     stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False)
     return stats.store_stats.object_store_bytes_used
+
+
+class Measured:
+    """What the object store holds, in MiB beyond what it held before, while the body runs."""
+
+    async def __aenter__(self) -> Measured:
+        self._before, self.seen = in_store(), []
+        self._measuring = asyncio.create_task(self._measure())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._measuring.cancel()
+
+    async def _measure(self) -> None:
+        while True:
+            self.seen.append((await asyncio.to_thread(in_store) - self._before) / MIB)
+            await asyncio.sleep(0.05)
+
+    def is_flat_within(self, bound: float) -> None:
+        """bound: MiB. The second half of the time it held no more than the first, but for what is in flight."""
+        half = len(self.seen) // 2
+        print(f"object store: {max(self.seen):.1f} MiB at most, {bound:.0f} in flight, of {GROUPS} groups of 1 MiB")
+        assert bound / 4 < max(self.seen) <= bound + LINGERING
+        assert max(self.seen[half:]) <= max(self.seen[:half]) + 2 * bound
 
 
 async def test_the_object_store_stays_flat_while_the_disk_is_slow(a_ray, tmp_path):
@@ -107,20 +192,42 @@ async def test_the_object_store_stays_flat_while_the_disk_is_slow(a_ray, tmp_pat
     buffer = BufferClient(ray.remote(SlowBuffer).options(num_cpus=0).remote(cfg))
     sampler = Sampler()
     system = SimpleNamespace(rollout=sampler, judge=sampler, buffer=buffer)
-    watch = SimpleNamespace(sampling=lambda *a, **k: None, sampled=lambda r: None, judged=lambda r: None)
     prompts = [prompt(f"p{n:02d}") for n in range(GROUPS)]
-    before, seen = in_store(), []
-
-    async def measure() -> None:
-        while True:
-            seen.append(await asyncio.to_thread(in_store) - before)
-            await asyncio.sleep(0.05)
-
-    measuring = asyncio.create_task(measure())
-    await sample_and_judge(system, prompts, 1, cfg, watch)
-    measuring.cancel()
-    half, bound = len(seen) // 2, IN_FLIGHT * WORKERS * MIB
-    print(f"object store: {max(seen) / MIB:.1f} MiB at most, {bound / MIB:.0f} in flight, of {GROUPS} groups of 1 MiB")
-    assert bound / 4 < max(seen) <= bound + LINGERING * MIB
-    assert max(seen[half:]) <= max(seen[:half]) + 2 * bound  # flat: it does not grow with what was done
+    async with Measured() as store:
+        await sample_and_judge(system, prompts, 1, cfg, WATCH)
+    store.is_flat_within(IN_FLIGHT * WORKERS)
     assert len(await buffer.held(1)) == GROUPS
+
+
+async def test_the_object_store_stays_flat_while_the_learner_is_slow(a_ray, tmp_path):
+    """Async: sampling could be done long before, but is held to what may be one version ahead."""
+    batch = 8
+    cfg = config(
+        tmp_path,
+        schedule__mode="async",
+        schedule__iterations=2,
+        schedule__max_staleness=1,
+        weights__publish_every=1,
+        learner__batch_size=batch,
+        learner__epochs=1,
+        rollout__in_flight=IN_FLIGHT,
+        rollout__num_workers=WORKERS,
+        buffer__flush_s=0.01,
+    )
+    slices = [[prompt(f"p{t}-{n:02d}") for n in range(GROUPS // 2)] for t in (1, 2)]
+    ids = [[one.prompt_id for one in part] for part in slices]
+    actor = ray.remote(BufferActor).options(num_cpus=0).remote(cfg, ids)
+    sampler, learner = Sampler(), SlowLearner(actor)
+    learning = asyncio.create_task(learner.learn())
+    ahead = []
+
+    def sampled(receipt: Receipt) -> None:
+        ahead.append(sampler.sampled - batch * learner.step)
+
+    watch = SimpleNamespace(**(vars(WATCH) | {"sampled": sampled}))
+    async with Measured() as store:
+        await asynchronous.run(System(sampler, sampler, BufferClient(actor), learner, sampler), slices, cfg, watch)
+    await learning
+    store.is_flat_within(IN_FLIGHT * WORKERS)
+    assert sampler.sampled == GROUPS
+    assert batch < max(ahead) <= 2 * batch  # it was the learner that held sampling back

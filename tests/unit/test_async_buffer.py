@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from groups import config, judged
 
 from sppo_ray.async_buffer import AsyncBuffer
 from sppo_ray.atomic import line_of
+from sppo_ray.buffer_service import BufferService
 from sppo_ray.errors import SppoError
 from sppo_ray.ledger import LedgerDamaged
+from sppo_ray.metrics import MetricsLog, read_metrics
 from sppo_ray.types import Publication, PublishTask, SaveTask, TrainedIteration, TrainTask
 
 
@@ -257,6 +261,37 @@ def test_a_slice_that_is_too_old_for_a_smaller_bound_is_sampled_again(tmp_path):
     again.saved(TrainedIteration(1, 1, 1, "c", "policy"))
     again.serve(1)
     assert sorted(ticket.iteration for ticket in again.admit(4)) == [2, 2]
+
+
+def test_what_was_told_of_batches_that_are_lost_is_taken_out_of_the_metrics(tmp_path):
+    """Two updates in the first slice, of which the second's batch is lost with a part of batches.jsonl."""
+    buffer = ready(tmp_path)
+    for ticket in buffer.admit(4):
+        finish(buffer, ticket)
+    buffer.next_task(0)
+    buffer.published(Publication(1, 1, 1, False, "c", 0.0))
+    buffer.next_task(1)
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    kept = [
+        {"event": "evaluation", "iteration": 0}, {"event": "scale", "iteration": 0, "role": "judge", "at": 9.0},
+        {"step": 1, "loss": 0.1}, {"event": "publish", "iteration": 1, "version": 1, "after_step": 1},
+    ]  # fmt: skip
+    lost = [
+        {"step": 2, "loss": 0.2}, {"event": "publish", "iteration": 1, "version": 2, "after_step": 2},
+        {"event": "evaluation", "iteration": 1},
+    ]  # fmt: skip
+    for line in (*kept, *lost[:2]):
+        log.write(line)
+    BufferService(buffer.config, [[f"p{n}" for n in range(6)]])
+    assert read_metrics(tmp_path / "metrics.jsonl") == [*kept, *lost[:2]]  # nothing is lost yet
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(lost[2])
+    batches = tmp_path / "iter_1/batches.jsonl"
+    batches.write_bytes(batches.read_bytes().splitlines(keepends=True)[0])
+    service = BufferService(buffer.config, [[f"p{n}" for n in range(6)]])
+    assert read_metrics(tmp_path / "metrics.jsonl") == kept
+    assert asyncio.run(service.record(lost[0]))  # it is written again, and at the end
+    assert read_metrics(tmp_path / "metrics.jsonl") == [*kept, lost[0]]
 
 
 def test_a_batch_that_could_not_be_written_is_not_handed_out(tmp_path, monkeypatch):

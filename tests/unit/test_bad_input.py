@@ -167,7 +167,8 @@ def sealed(run: Path, judge: PairRM, *texts: str) -> tuple[TrainingBuffer, Slice
     logits = judge.logits(group.prompt.text, texts)
     assert np.isfinite(logits).all()
     buffer = TrainingBuffer(small_config(run, rollout__responses_per_prompt=len(texts), schedule__iterations=1))
-    buffer.add([replace(judged("p", k=len(texts)), group=group, logits=logits)])
+    cut = judge.encoder.cut_candidates(group.prompt.text, texts)
+    buffer.add([replace(judged("p", k=len(texts)), group=group, logits=logits, cut=cut)])
     summary = buffer.seal(1, ["p"])
     return buffer, summary, pq.read_table(run / "iter_1/generated.parquet").to_pylist()[0]
 
@@ -195,10 +196,20 @@ def test_a_response_of_20000_characters_is_kept_whole_and_judged_by_its_beginnin
 ) -> None:
     long = "Because it is so, and that is all there is to say. " * 400
     assert len(long) > 20_000
-    _, _, row = sealed(tmp_path, judge, long, "short", "x" * 20_000)
+    _, summary, row = sealed(tmp_path, judge, long, "short", "x" * 20_000)
+    assert (summary.cut_responses, row["cut_responses"]) == (2, 2)
     assert row["generate_0"][1]["content"] == long
     other_end = judge.logits("q", [long + "unseen", "short"])
     assert other_end.tobytes() == judge.logits("q", [long + "another end", "short"]).tobytes()
+
+
+def test_a_response_counts_as_cut_from_the_first_token_that_the_judge_does_not_see(judge: PairRM) -> None:
+    """Independently of the count: the ids of a pair stop growing with the text."""
+    texts = ["a " * words for words in range(600, 720)]
+    lengths = [len(judge.encoder.pairs("q", [text, "b"])[0]) for text in texts]
+    limit = lengths.index(max(lengths))  # exactly as long as it may be
+    assert 0 < limit < len(texts) - 1
+    assert [judge.encoder.cut_candidates("q", [text]) for text in texts] == [int(n > limit) for n in range(len(texts))]
 
 
 def test_odd_characters_in_responses_reach_the_tables_unchanged(tmp_path: Path, judge: PairRM) -> None:

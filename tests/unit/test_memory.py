@@ -158,6 +158,16 @@ def test_host_memory_of_a_publish_and_of_the_offloaded_learner() -> None:
     assert host["learner offloaded while sampling"] == pytest.approx(67.444 / 2, abs=1e-2)
 
 
+def test_host_memory_of_a_checkpoint() -> None:
+    """fp32 weights and RMSprop's second moment: 8 bytes x 7.2417e9 = 53.96 GiB; AdamW has two moments."""
+    label = "a checkpoint being written, on the node of learner-0"
+    every: dict[str, Any] = {"learner": {"checkpoint_every": 96}}
+    assert by_label(estimate(gpu_config(16, sections=FITTING | every)).host)[label] == pytest.approx(53.955, abs=1e-2)
+    every["learner"]["optimizer"] = "adamw"
+    assert by_label(estimate(gpu_config(16, sections=FITTING | every)).host)[label] == pytest.approx(80.933, abs=1e-2)
+    assert label not in by_label(estimate(gpu_config(16, sections=FITTING | {"learner": {"checkpoint_every": 0}})).host)
+
+
 def test_cpu_has_host_memory_only() -> None:
     config = gpu_config(0, (2, 2, 1), sections={"rollout": {"max_model_len": 256, "kv_cache_mb": 64}})
     memory = estimate(config)

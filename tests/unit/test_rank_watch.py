@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from actors import learner, rank_pulse
-from actors.learner import LearnerProcess
+from actors import learner_process, rank_pulse
+from actors.learner_process import LearnerProcess
 from actors.rank_pulse import Member, Watchman, start_pulse
 from actors.ranks import Way
-from actors.revival import RESTART_LIMIT_S
 from actors.stacks import Place as Process
 from sppo_ray.errors import WorkerDied
 from sppo_ray.rank_watch import Place, RankWatch
@@ -215,14 +214,15 @@ def never_answering() -> Any:
     return SimpleNamespace(remote=lambda *_: asyncio.get_running_loop().create_future())
 
 
-def test_the_wait_for_the_learners_ranks_has_an_end() -> None:
+@pytest.mark.parametrize(("timeout_s", "limit_s"), [(60, 900), (1800, 2100)])
+def test_the_wait_for_the_learners_ranks_has_an_end_after_their_own(timeout_s: float, limit_s: int) -> None:
     async def job() -> None:
         process = LearnerProcess(
-            SimpleNamespace(fit=never_answering()), SimpleNamespace(learner_placed=never_answering())
+            SimpleNamespace(fit=never_answering()), SimpleNamespace(learner_placed=never_answering()), timeout_s
         )
-        with pytest.raises(WorkerDied, match=r"^learner: not every rank was ready after 900 s; is there room"):
+        with pytest.raises(WorkerDied, match=rf"^learner: not every rank was ready after {limit_s} s; is there room"):
             await process.placed()
-        assert asyncio.get_running_loop().time() == RESTART_LIMIT_S
+        assert asyncio.get_running_loop().time() == limit_s
 
     run_virtual(job())
 
@@ -230,7 +230,7 @@ def test_the_wait_for_the_learners_ranks_has_an_end() -> None:
 def test_a_learner_that_does_not_end_after_the_last_iteration_fails_no_run(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(learner.ray, "wait", lambda references, timeout: ([], references))
-    process = LearnerProcess(SimpleNamespace(fit=SimpleNamespace(remote=lambda: "reference")), None)
+    monkeypatch.setattr(learner_process.ray, "wait", lambda references, timeout: ([], references))
+    process = LearnerProcess(SimpleNamespace(fit=SimpleNamespace(remote=lambda: "reference")), None, 60)
     asyncio.run(process.join(7))
     assert "learner: still running 7 s after its last iteration" in caplog.text

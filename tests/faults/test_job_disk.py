@@ -1,0 +1,66 @@
+"""A whole run whose disk is full for a while, as its user sees it in the terminal."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.actors.job_runs import SLOW, manifest, metrics, shards, sppo, train, wait_for
+from tests.faults.test_storage_disk import Full, mount
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 200 MiB, of which a run of the tiny policy takes a part."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = mount("-t", "tmpfs", "-o", "size=200m", "tmpfs", str(folder))
+    if done.returncode:
+        pytest.skip(f"this process may not mount a tmpfs: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.timeout(600)
+def test_a_run_pauses_while_its_disk_is_full_and_gives_the_same_tables(whole, disk):
+    """Full while it samples and full while it trains, logs and metrics included."""
+    run_dir, fault = disk / "run", Full(disk)
+    process = sppo(*train(run_dir), *SLOW)
+    lines: list[str] = []
+    reading = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
+    reading.start()
+
+    def fill_until_it_pauses() -> None:
+        pauses = said(lines, "the run pauses")
+        fault.begin()
+        wait_for(lambda: process.poll() is not None or said(lines, "the run pauses") > pauses)
+        time.sleep(2)  # for whatever else writes
+        assert process.poll() is None, "".join(lines)
+        fault.end()
+
+    wait_for(lambda: process.poll() is not None or shards(run_dir, 1) >= 4)
+    fill_until_it_pauses()
+    wait_for(lambda: process.poll() is not None or ((run_dir / "metrics.jsonl").exists() and trained(run_dir) >= 1))
+    fill_until_it_pauses()
+    assert process.wait(300) == 0, "".join(lines)
+    reading.join(10)
+    assert said(lines, "No space left on device") >= 2
+    assert said(lines, "free some space there") >= 2
+    assert said(lines, "the storage works again; the run goes on") >= 2
+    assert manifest(run_dir)["restarts"] == manifest(whole[0])["restarts"]  # nobody died of it
+    for table in ("iter_1/train.parquet", "iter_2/train.parquet"):
+        assert pq.read_table(run_dir / table).equals(pq.read_table(whole[0] / table))
+
+
+def said(lines: list[str], text: str) -> int:
+    return "".join(lines).count(text)
+
+
+def trained(run_dir: Path) -> int:
+    return sum("step" in line for line in metrics(run_dir))
