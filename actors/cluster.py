@@ -66,13 +66,18 @@ def _join(address: str, namespace: str) -> ray.runtime_context.RuntimeContext:
     )  # fmt: skip
 
 
-def _start(layout: Layout, namespace: str) -> ray.runtime_context.RuntimeContext:
-    ensure_token()
-    stay_on_loopback()
+def set_ray_defaults() -> None:
+    """In this process's environment, for a Ray that it starts."""
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # Ray's announced default; unset, every worker warns of it
     # Objects that nobody holds any more are freed at once: by default Ray gathers them for a second, and the chunks of a
     # publish, each as large as a layer, would pile up meanwhile.
     os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")
+
+
+def _start(layout: Layout, namespace: str) -> ray.runtime_context.RuntimeContext:
+    ensure_token()
+    stay_on_loopback()
+    set_ray_defaults()
     roles = (layout.rollout, layout.judge, layout.learner)
     cpus = max(os.cpu_count() or 1, math.ceil(sum(role.workers * role.cpus for role in roles)) + 1)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

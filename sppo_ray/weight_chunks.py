@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import xxhash
 
-GROWTH = 128  # the first chunk is this much smaller than the largest
+FIRST = 256  # the first chunk is this much smaller than the largest
+SHARE = 8  # of what was packed before is the most that the next chunk holds
 ALIGNMENT = 64  # bytes; the object store's own alignment, enough for every dtype and for vector loads
 
 
@@ -31,8 +32,9 @@ class WeightChunk:
 
 
 def pack(named_tensors: Iterable[tuple[str, torch.Tensor]], chunk_bytes: int) -> Iterator[WeightChunk]:
-    """Pack tensors, in order, into chunks of at most `chunk_bytes`. The first is smaller and those that follow double, so that
-    a small policy, too, is never in memory as a whole beside itself.
+    """Pack tensors, in order, into chunks of at most `chunk_bytes`. The first are smaller, and each is at most an eighth of
+    those before it: so of a small policy, too, only a small part is in memory once more on its way. Their sizes double, so
+    that a store that frees old chunks while it takes new ones can put them in the same places.
 
     Each tensor is copied as it arrives and not kept: the source may free it at once (a ZeRO-3 gather does), and no more
     than the chunk being filled is held here. A tensor is never split, so one larger than `chunk_bytes` is a chunk by
@@ -40,15 +42,22 @@ def pack(named_tensors: Iterable[tuple[str, torch.Tensor]], chunk_bytes: int) ->
     """
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
-    filling = _Filling(max(1, chunk_bytes // GROWTH))
+    first, packed = max(1, chunk_bytes // FIRST), 0
+    filling = _Filling(first)
     for name, tensor in named_tensors:
         if filling.names and not filling.fits(tensor):
+            packed += filling.used
             yield filling.take()
-            filling.chunk_bytes = min(chunk_bytes, 2 * filling.chunk_bytes)
+            filling.chunk_bytes = min(chunk_bytes, max(first, _power_of_two(packed // SHARE)))
         filling.add(name, tensor)
         del tensor  # before the source makes the next one
     if filling.names:
         yield filling.take()
+
+
+def _power_of_two(limit: int) -> int:
+    """The largest that is not above the limit (0 of 0)."""
+    return 1 << (limit.bit_length() - 1) if limit else 0
 
 
 class _Filling:

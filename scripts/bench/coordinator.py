@@ -71,6 +71,13 @@ class Memory:
     at: dict[int, float] = field(default_factory=dict)
     groups: int = 0
 
+    def quarters(self) -> list[tuple[str, list[float]]]:
+        """Of the run: the readings at the slices' ends, which come in waves."""
+        ends = [resident for groups, resident in self.at.items() if groups not in (0, *MARKS)]
+        bounds = np.linspace(0, len(ends), 5).astype(int)
+        names = ("first", "second", "third", "last")
+        return [(name, ends[a:b]) for name, a, b in zip(names, bounds, bounds[1:], strict=False) if b > a]
+
     def read(self) -> None:
         self.at[self.groups] = psutil.Process().memory_info().rss / 2**20
 
@@ -219,8 +226,8 @@ def table(groups: int, took: Timing, idle: Timing, memory: Memory) -> Table:
     for mark in MARKS:
         if mark in memory.at:
             made.add_row(f"resident MiB at {mark:,} groups", f"{memory.at[mark]:,.0f}")
-    made.add_row("resident MiB, most at a slice's end", f"{max(memory.at.values()):,.0f}")
-    made.add_row("resident MiB at the end", f"{memory.at[groups]:,.0f}")
+    for name, readings in memory.quarters():
+        made.add_row(f"resident MiB at slices' ends, {name} quarter", f"{min(readings):,.0f} to {max(readings):,.0f}")
     return made
 
 

@@ -64,10 +64,12 @@ def test_unpack_is_zero_copy_and_silent_on_read_only_arrays() -> None:
     assert all((pointer - start) % ALIGNMENT == 0 for pointer in pointers)
 
 
-def test_chunks_double_up_to_the_limit() -> None:
-    """Tensors of 256 bytes, at most 64 KiB a chunk: the first holds 64 KiB / 128 = 512 bytes, two tensors."""
-    chunks = pack(((f"w{i}", torch.zeros(64)) for i in range(1000)), 1 << 16)
-    assert [len(chunk.names) for chunk in chunks] == [2, 4, 8, 16, 32, 64, 128, 256, 256, 234]
+def test_a_chunk_is_at_most_an_eighth_of_those_before_it() -> None:
+    """Tensors of 64 bytes, at most 16 KiB a chunk: the first hold 16 KiB / 256 = 64 bytes, one tensor, until 16 are packed;
+    then eight times two, four and so on up to 256."""
+    chunks = pack(((f"w{i}", torch.zeros(16)) for i in range(3000)), 1 << 14)
+    doubled = [size for size in (2, 4, 8, 16, 32, 64, 128) for _ in range(8)]
+    assert [len(chunk.names) for chunk in chunks] == [1] * 16 + doubled + [256] * 3 + [184]
 
 
 def test_a_chunk_carries_only_its_own_bytes() -> None:
