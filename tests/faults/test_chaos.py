@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.actors.job_runs import PROMPTS, ROOT, SLOW, SMALL, manifest, sppo, train, wait_for
@@ -29,7 +31,8 @@ def test_a_hub_that_dies_while_the_workers_start_is_started_again_with_them(tmp_
         run.victims("weights")[0].kill()
         run.wait()
     finally:
-        run.process.kill()
+        with suppress(psutil.NoSuchProcess):
+            run.process.kill()
     assert manifest(tmp_path / "run")["status"] == "done"
     assert "starting all actors again" in run.log.read_text()
 
