@@ -9,6 +9,7 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from actors.process import redirect_output
+from actors.stacks import Place, here
 from sppo_ray.buffer_service import BufferService
 from sppo_ray.config import Config
 
@@ -25,8 +26,9 @@ class BufferActor(BufferService):
     def __repr__(self) -> str:
         return f"BufferActor({NAME}, cpu)"
 
-    async def ready(self) -> str:
-        return NAME
+    async def ping(self) -> Place:
+        """Where its process is, once it serves."""
+        return here()
 
     async def add_all(self, judged: Sequence[ray.ObjectRef]) -> list[str | None]:
         """`add` of what the references stand for. For each: None, or how it was lost with its node (and so not added)."""

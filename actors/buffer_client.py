@@ -9,6 +9,7 @@ from typing import Any
 from ray.actor import ActorHandle
 
 from actors.buffer import NAME
+from actors.stacks import Place
 from actors.workers import call
 from sppo_ray.errors import GroupLost
 from sppo_ray.protocols import Handle
@@ -59,6 +60,9 @@ class BufferClient:
 
     async def record(self, line: Mapping[str, Any]) -> bool:
         return await self._call("record", line)
+
+    async def ping(self) -> Place:
+        return await self._call("ping")
 
     async def look(self) -> Look:
         return await self._call("look")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +12,9 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ObjectLostError
+from ray.exceptions import ObjectLostError, RayError
 
+from actors.bookkeepers import answered
 from actors.buffer import NAME as BUFFER
 from actors.buffer import BufferActor
 from actors.buffer_client import BufferClient
@@ -26,9 +27,10 @@ from actors.pool import JudgePool, RolloutPool
 from actors.process import environment
 from actors.publish import publish_folder
 from actors.rollout import RolloutWorker
+from actors.stacks import Place
 from actors.weights import NAME as HUB
 from actors.weights import WeightsHub
-from actors.workers import call
+from actors.workers import call, failure
 from sppo_ray.config import Config
 from sppo_ray.errors import GroupLost, WorkerFailed
 from sppo_ray.evaluation import HeldOutEvaluator, Oracle
@@ -52,6 +54,7 @@ class Running:
     learner: LearnerProcess | None  # None where nothing is trained
     done: TrainedIteration | None  # the last iteration trained before; the rollout workers serve its policy
     create: Callable[[ScaledRole, str], ActorHandle]  # one more rollout or judge worker, by role and name
+    places: Mapping[str, Place]  # of the processes of buffer and hub, by name
 
     @property
     def system(self) -> System:
@@ -75,7 +78,9 @@ async def running(
     try:
         now = await _started(config, layout, heldout, slices, hub)
     except WorkerFailed:
-        await call(hub, HUB, "ping")  # raises WorkerDied: without the hub no worker can start, and that was the cause
+        await answered(
+            HUB, call(hub, HUB, "ping")
+        )  # raises WorkerDied: without it no worker starts; that was the cause
         raise
     yield now
     if now.learner:
@@ -90,7 +95,7 @@ async def _started(
     hub: ActorHandle,
 ) -> Running:
     buffer = BufferClient(_actor(BufferActor, BUFFER, config, LIGHT).remote(config, _ids(slices)))
-    done = await buffer.last_trained()
+    done = await answered(BUFFER, buffer.last_trained())
     policy, version = (done.policy_dir, done.version) if done else (config.policy.model, 0)
 
     def create(role: ScaledRole, name: str) -> ActorHandle:
@@ -105,7 +110,7 @@ async def _started(
     rollout = RolloutPool(config, rollouts, hub, at_once, partial(create, "rollout"), layout.takes_turns)
     if layout.takes_turns:
         await rollout.ready()
-        await asyncio.to_thread(publish_folder, config, hub, Path(local_folder(policy)), version)
+        await _publish_start(config, hub, policy, version)
         await rollout.sleep()
     learner = None
     if slices is not None:
@@ -121,7 +126,16 @@ async def _started(
     if layout.gpus:
         check_placement(layout, [*await rollout.where(), *placed, *await judge.where()])
     evaluator = HeldOutEvaluator(config, heldout, rollout, judge, fetch, buffer.record, oracle_of(config))
-    return Running(rollout, judge, buffer, evaluator, hub, learner, done, create)
+    places = {HUB: await answered(HUB, call(hub, HUB, "ping")), BUFFER: await answered(BUFFER, buffer.ping())}
+    return Running(rollout, judge, buffer, evaluator, hub, learner, done, create, places)
+
+
+async def _publish_start(config: Config, hub: ActorHandle, policy: str, version: int) -> None:
+    """Raises WorkerDied if the hub is no more."""
+    try:
+        await asyncio.to_thread(publish_folder, config, hub, Path(local_folder(policy)), version)
+    except RayError as error:
+        raise failure(HUB, error) from error
 
 
 def _ids(slices: Sequence[Sequence[Prompt]] | None) -> list[list[str]] | None:

@@ -5,25 +5,26 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import signal
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Coroutine
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from rich.console import Console
 
+from actors.bookkeepers import answered
 from actors.buffer import NAME as BUFFER
 from actors.build import Running, running
 from actors.cluster import connected
 from actors.fleet import Fleet
 from actors.tally import Tally
-from actors.weights import NAME as WEIGHTS
+from actors.weights import NAME as HUB
 from actors.workers import call
 from sppo_ray.attempts import Attempts
 from sppo_ray.config import Config
-from sppo_ray.errors import SppoError, WorkerDied
+from sppo_ray.errors import SppoError
 from sppo_ray.layout import Layout
 from sppo_ray.ledger import Ledger
 from sppo_ray.mirror import Mirror
@@ -38,8 +39,6 @@ from sppo_ray.storage import Storage
 from sppo_ray.threads import in_daemon_thread
 
 LEAVE_LIMIT_S = 60.0
-ANSWER_LIMIT_S = 300.0  # of an actor that only keeps books; after a restart the buffer reads whole tables
-T = TypeVar("T")
 
 
 def train(config: Config, layout: Layout, checked: Preflight, console: Console) -> None:
@@ -108,8 +107,7 @@ async def _schedule(now: Running, config: Config, checked: Preflight, progress: 
     start, slices = now.done.iteration if now.done else 0, checked.prompts.slices
     if config.schedule.mode == "async":
         assert isinstance(progress, AsyncProgress)
-        ledger = Ledger(config)
-        progress.holds(sum(ledger.groups(t) for t in range(1, config.schedule.iterations + 1)))
+        progress.holds(await in_daemon_thread(lambda: counts(config)["groups_judged"]))
         await asynchronous.run(now.system, slices, config, progress, start, now.version)
         return
     try:
@@ -122,7 +120,7 @@ def _followers(
     now: Running, config: Config, progress: RunProgress, tally: Tally, mirror: Mirror | None
 ) -> list[Coroutine[Any, Any, None]]:
     """What goes on beside the schedule, for as long as it does."""
-    followers = [_follow(now, progress, tally)]
+    followers = [_follow(now, progress, tally, config.run.dir)]
     if mirror:
         followers.append(mirror.follow())
     if config.schedule.mode == "async":
@@ -130,7 +128,7 @@ def _followers(
     return followers
 
 
-async def _follow(now: Running, progress: RunProgress, tally: Tally) -> None:
+async def _follow(now: Running, progress: RunProgress, tally: Tally, run_dir: str) -> None:
     """Look after the actors that nobody calls for a while: show the learner's steps, say when the run waits for its disk, and
     raise at once if one of them has failed."""
     shown, waits_for = None, ""
@@ -138,8 +136,8 @@ async def _follow(now: Running, progress: RunProgress, tally: Tally) -> None:
         await asyncio.sleep(1.0)
         if now.learner:
             now.learner.check()
-        await _answer(WEIGHTS, call(now.hub, WEIGHTS, "ping"))
-        seen = await _answer(BUFFER, now.buffer.look())
+        await answered(HUB, call(now.hub, HUB, "ping"), now.places[HUB], run_dir)
+        seen = await answered(BUFFER, now.buffer.look(), now.places[BUFFER], run_dir)
         if seen.step and seen.step["step"] != shown:
             shown = seen.step["step"]
             progress.stepped(seen.step)
@@ -148,15 +146,6 @@ async def _follow(now: Running, progress: RunProgress, tally: Tally) -> None:
             progress.alarm(seen.trouble or "the storage works again; the run goes on")
         tally.seen = seen
         tally.keep_now_and_then(now, progress)
-
-
-async def _answer(name: str, asked: Awaitable[T]) -> T:
-    """Raises WorkerDied for an actor that hangs."""
-    try:
-        async with asyncio.timeout(ANSWER_LIMIT_S):
-            return await asked
-    except TimeoutError:
-        raise WorkerDied(f"{name}: no answer in {ANSWER_LIMIT_S:g} s; it is taken for hung") from None
 
 
 async def _first_of(*coroutines: Coroutine[Any, Any, None]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from actors.process import redirect_output
+from actors.stacks import Place, here
 from sppo_ray.config import Config
 from sppo_ray.errors import WeightSyncError
 from sppo_ray.weight_chunks import WeightChunk
@@ -102,9 +103,9 @@ class WeightsHub:
         if self._published is not None:
             self._published = replace(self._published, broadcast=None)
 
-    async def ping(self) -> str:
-        """Its name: that it is there."""
-        return NAME
+    async def ping(self) -> Place:
+        """Where its process is: that it is there."""
+        return here()
 
     async def current(self) -> Published | None:
         """What is published; None before the first commit (the workers then serve the model folder they started from)."""

@@ -138,11 +138,9 @@ class AsyncBuffer(TrainingBuffer):
         return replace(start, up_to=self.admission.next_step) if self._ready_order else start
 
     def of_lost_history(self, line: Mapping[str, Any]) -> bool:
-        """Whether a line of metrics.jsonl tells of updates whose batches are cut anew, or of what came of them."""
-        step = line.get("step", line.get("after_step"))
-        if step is None and (iteration := line.get("iteration")):
-            step = self.plan.end_step(iteration)
-        return self._ready_order and step is not None and step > self.admission.next_step
+        """Also of updates whose batches are cut anew."""
+        step = line.get("step", line.get("after_step", 0))
+        return super().of_lost_history(line) or (self._ready_order and step > self.admission.next_step)
 
     def published(self, publication: Publication) -> None:
         """The hub holds these weights."""

@@ -47,7 +47,8 @@ class Attempts:
             yield
             self.more = False
         except AGAIN as error:
-            self._failed(error, moved=progress_of(self._root) > before)
+            # Other, not further: what is found damaged is taken back first.
+            self._failed(error, moved=progress_of(self._root) != before)
         except SppoError as error:
             if self._first is None:
                 raise

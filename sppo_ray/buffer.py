@@ -8,8 +8,9 @@ asks again gets the same rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -156,6 +157,13 @@ class TrainingBuffer:
 
     def last_trained(self) -> TrainedIteration | None:
         return self._done
+
+    def of_lost_history(self, line: Mapping[str, Any]) -> bool:
+        """Whether a line of metrics.jsonl tells of a slice that is not sealed any more, or of a policy that is no more."""
+        event, iteration = line.get("event"), line.get("iteration", 0)
+        if event == "slice":
+            return self.ledger.sealed(iteration) is None
+        return event == "evaluation" and iteration > (self._done.iteration if self._done else 0)
 
     # Inside.
 

@@ -5,6 +5,7 @@ also the single writer of metrics.jsonl.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,8 +54,7 @@ class BufferService:
         self._async = AsyncBuffer(config, slices or []) if streams else None
         self._buffer = self._async or TrainingBuffer(config)
         self._metrics = MetricsLog(Path(config.run.dir) / "metrics.jsonl", self._buffer.ledger.storage)
-        if self._async:
-            self._metrics.forget(self._async.of_lost_history)
+        self._metrics.forget(self._buffer.of_lost_history)
         self._troubles: dict[str, str] = {}  # of other processes' storage, by process
         self._waiting: list[tuple[JudgedGroup, asyncio.Future[None]]] = []
         self._flusher: asyncio.Task[None] | None = None
@@ -82,6 +82,7 @@ class BufferService:
     async def seal(self, iteration: int, prompt_ids: Sequence[str]) -> SliceSummary:
         async with self._record:
             summary: SliceSummary = await self._durably(self._buffer.seal, iteration, prompt_ids)
+            await self._durably(self._metrics.write, {"event": "slice"} | dataclasses.asdict(summary))
         await self._notify()
         return summary
 

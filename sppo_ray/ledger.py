@@ -41,7 +41,7 @@ from sppo_ray.atomic import (
 from sppo_ray.config import Config
 from sppo_ray.errors import SppoError
 from sppo_ray.storage import Storage, StorageError
-from sppo_ray.tables import SealedRow, generated_table, train_table
+from sppo_ray.tables import SealedRow, generated_table, train_table, with_every_column
 from sppo_ray.types import CutBatch, JudgedGroup, SliceSummary, TrainedIteration
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Ledger:
         for path in sorted((self.folder(iteration) / "ledger").glob("shard-*.parquet")):
             content = path.read_bytes()
             if hash_of(content) == path.stem.split("-")[2]:
-                tables.append(pq.read_table(pa.BufferReader(content)))
+                tables.append(with_every_column(pq.read_table(pa.BufferReader(content))))
             else:
                 log.warning("ledger shard %s is damaged; set aside, its groups will be made again", path)
                 path.rename(path.with_suffix(".corrupt"))

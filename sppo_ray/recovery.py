@@ -5,6 +5,7 @@ its checksum.
     train.parquet                       made again from generated.parquet
     generated.parquet, not yet trained  set aside, its groups are made again
     reference.parquet, not yet trained  set aside, computed again
+    evaluation.parquet, policy gone     set aside, made again
     batches.jsonl, not yet trained      lost batches are cut anew, and the slice is sealed again
     policy of the last one trained      StorageError: only the user knows of a copy
     of a trained iteration else         said, nothing needs it
@@ -25,7 +26,7 @@ from sppo_ray.ledger import POLICY_FILES, REFERENCE, SEALED, TABLES, TRAINED, Le
 from sppo_ray.storage import StorageError
 from sppo_ray.tables import SealedRow, train_table
 
-GENERATED, TRAIN = "generated.parquet", "train.parquet"
+GENERATED, TRAIN, EVALUATION = "generated.parquet", "train.parquet", "evaluation.parquet"
 
 
 def recover(config: Config) -> list[str]:
@@ -38,7 +39,9 @@ def recover(config: Config) -> list[str]:
     last = ledger.last_trained()
     for iteration in range(1, config.schedule.iterations + 1):
         folder = ledger.folder(iteration)
-        if (folder / TRAINED).exists():
+        if not (folder / TRAINED).exists():
+            _set_aside(folder / EVALUATION)  # of a policy that is no more: it is evaluated after it is recorded
+        else:
             said += _check_policy(folder, iteration, newest=last is not None and last.iteration == iteration)
         if (folder / SEALED).exists():
             said += _check_tables(ledger, iteration)

@@ -113,6 +113,13 @@ def generated_table(judged: Sequence[JudgedGroup], mode: str) -> pa.Table:
     return pa.table([_column(columns[field.name], field.type) for field in schema], schema=schema)
 
 
+def with_every_column(table: pa.Table) -> pa.Table:
+    """A `generated` table, also one written before responses were counted that the judge cut."""
+    if "cut_responses" in table.column_names:
+        return table
+    return table.append_column("cut_responses", pa.array([0] * len(table), pa.int64()))
+
+
 def examples_of(table: pa.Table, config: Config, iteration: int) -> list[TrainingExample]:
     """What the learner trains on, in the order of a `generated` table."""
     return [example for batch in _batches(table) for example in _examples_of(batch, config, iteration)]

@@ -168,10 +168,10 @@ class SliceSummary:
     examples: int
     identical_groups: int  # K responses with one text
     empty_responses: int
-    cut_responses: int  # longer than the judge reads
     order_inconsistency: float  # share of pairs whose verdict changes with the order, in [0, 1]
     cycle_rate: float  # share of groups whose majority preferences contain a cycle, in [0, 1]
     steps: int  # optimizer updates this slice gives
+    cut_responses: int = 0  # longer than the judge reads
 
 
 @dataclass(frozen=True, slots=True)

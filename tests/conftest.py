@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     run_dir, output = shared / "whole", shared / "whole.log"
     with FileLock(shared / "whole.lock"):
         if not output.exists():
+            shutil.rmtree(run_dir, ignore_errors=True)  # of another process's try that failed
             process = sppo(*train(run_dir), **PLANTED)
             said, _ = process.communicate(timeout=400)
             assert process.returncode == 0, said

@@ -11,10 +11,11 @@ different. A run that ends before all kills are done is begun again in another f
 from __future__ import annotations
 
 import argparse
-import contextlib
 import random
 import re
+import statistics
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ import xxhash
 from rich.console import Console
 from rich.table import Table
 
+from sppo_ray.attempts import Progress, progress_of
 from sppo_ray.config import Config
 from sppo_ray.config_io import load_config
 from sppo_ray.run_dir import read_manifest
@@ -52,6 +54,43 @@ class Killed:
 
     kinds: Counter[str] = field(default_factory=Counter)
     starts: int = 1
+    back_s: list[tuple[str, float]] = field(default_factory=list)  # by kind: until the run had got something done again
+
+    def __iadd__(self, other: Killed) -> Killed:
+        self.kinds += other.kinds
+        self.starts += other.starts
+        self.back_s += other.back_s
+        return self
+
+
+class Stopwatch:
+    """How long after a kill a run has more on record than before it. A kill that comes before that stops the watch."""
+
+    def __init__(self, folder: Path, done: Killed) -> None:
+        self._folder, self._done = folder, done
+        self._killed: tuple[str, float, Progress] | None = None  # kind, when, what was on record
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Stopwatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def start(self, kind: str) -> None:
+        self._killed = kind, time.monotonic(), progress_of(self._folder)
+
+    def stop(self) -> None:
+        self._killed = None
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.2):
+            if (killed := self._killed) and progress_of(self._folder) != killed[2]:
+                self._done.back_s.append((killed[0], time.monotonic() - killed[1]))
+                self._killed = None
 
 
 class Run:
@@ -107,22 +146,31 @@ def _title(process: psutil.Process) -> str:
 def disturb(run: Run, kinds: list[str], rng: random.Random, pause: tuple[float, float]) -> Killed:
     """Kill one process of each of `kinds` in turn, after a random pause in which the run goes on. Ends with the run."""
     done = Killed()
-    for kind in kinds:
-        if not _serving_for(run, rng.uniform(*pause)):
-            break
-        victims = _await_victims(run, kind)
-        if not victims:
-            break
-        for victim in victims if kind == "power" else [rng.choice(victims)]:
-            _kill(victim)
-        done.kinds[kind] += 1
-        print(f"killed {kind}", file=sys.stderr, flush=True)
-        if kind in ("driver", "power"):
-            run.process.wait()
-            run.start(resume=True)
-            done.starts += 1
-    run.wait()
+    with Stopwatch(run.folder, done) as watch:
+        for kind in kinds:
+            if not _serving_for(run, rng.uniform(*pause)):
+                break
+            watch.stop()
+            if not _strike(run, kind, rng):
+                break
+            watch.start(kind)
+            done.kinds[kind] += 1
+            print(f"killed {kind}", file=sys.stderr, flush=True)
+            if kind in ("driver", "power"):
+                run.process.wait()
+                run.start(resume=True)
+                done.starts += 1
+        run.wait()
     return done
+
+
+def _strike(run: Run, kind: str, rng: random.Random) -> bool:
+    """Kill one process of the kind, or all there are. False: the run is over."""
+    while victims := _await_victims(run, kind):
+        chosen = victims if kind == "power" else [rng.choice(victims)]
+        if sum(_kill(victim) for victim in chosen):  # none: it ended by itself meanwhile
+            return True
+    return False
 
 
 def _serving_for(run: Run, seconds: float) -> bool:
@@ -147,9 +195,13 @@ def _await_victims(run: Run, kind: str) -> list[psutil.Process]:
     return victims
 
 
-def _kill(process: psutil.Process) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
+def _kill(process: psutil.Process) -> bool:
+    """Whether it was there."""
+    try:
         process.kill()
+    except psutil.NoSuchProcess:
+        return False
+    return True
 
 
 # What came of it.
@@ -171,21 +223,21 @@ class Verdict:
 
 
 def compare(config: Config, folder: Path, undisturbed: Path) -> Verdict:
-    """sync: bit for bit. async, where a batch is what was ready: every prompt once per epoch, within the bound."""
-    is_async = config.schedule.mode == "async"
+    """Bit for bit; async, where a batch is what was ready: every prompt once per epoch, within the bound."""
+    streams = config.schedule.mode == "async" and config.schedule.batch_order == "ready"
     lost = doubled = different = beyond = 0
     for iteration in range(1, config.schedule.iterations + 1):
         mine, other = (_train_table(where, iteration) for where in (folder, undisturbed))
         keys, expected = Counter(_keys(mine)), Counter(_keys(other))
         lost += sum((expected - keys).values())
         doubled += sum((keys - expected).values())
-        if is_async:
+        if streams:
             lag = zip(mine["consumed_version"].to_pylist(), mine["policy_version"].to_pylist(), strict=True)
             beyond += sum(not 0 <= consumed - sampled <= config.schedule.max_staleness for consumed, sampled in lag)
         elif keys == expected:
             different += sum(a != b for a, b in zip(mine.to_pylist(), other.to_pylist(), strict=True))
     last = f"iter_{config.schedule.iterations}/policy"
-    weights = not is_async and _weights(folder / last) != _weights(undisturbed / last)
+    weights = not streams and _weights(folder / last) != _weights(undisturbed / last)
     return Verdict(lost, doubled, different, weights, beyond)
 
 
@@ -220,20 +272,20 @@ def main() -> None:
     undisturbed = options.undisturbed or options.out / "undisturbed"
     plain_s = _seconds_of_undisturbed(options.config, undisturbed, options.overrides)
 
-    killed, verdicts, begun, seconds = Counter[str](), list[Verdict](), 0, 0.0
-    while (left := options.kills - sum(killed.values())) > 0:
+    killed, verdicts, runs, seconds = Killed(starts=0), list[Verdict](), list[Path](), 0.0
+    while (left := options.kills - sum(killed.kinds.values())) > 0:
         # Every kind before any comes again, in a new order each time.
         kinds = [kind for _ in range(left) for kind in rng.sample(KINDS, len(KINDS))][:left]
         folder = options.out / f"disturbed-{len(verdicts)}"
         started = time.monotonic()
         done = disturb(Run(options.config, folder, options.overrides), kinds, rng, tuple(options.pause))
         seconds += time.monotonic() - started
-        killed += done.kinds
-        begun += done.starts
+        killed += done
+        runs.append(folder)
         verdicts.append(compare(config, folder, undisturbed))
         if not done.kinds:
             sys.exit("the run ended before anything could be killed: make --pause shorter or the run longer")
-    _show(killed, verdicts, seconds, plain_s, begun, options.out)
+    _show(killed, verdicts, seconds, plain_s, runs)
     sys.exit(0 if all(verdict.ok for verdict in verdicts) else 1)
 
 
@@ -245,24 +297,28 @@ def _seconds_of_undisturbed(config: Path, folder: Path, overrides: list[str]) ->
     return time.monotonic() - started
 
 
-def _show(
-    killed: Counter[str], verdicts: list[Verdict], seconds: float, plain_s: float | None, begun: int, out: Path
-) -> None:
-    table = Table(title=f"{sum(killed.values())} kills over {len(verdicts)} runs", title_justify="left")
+def _show(killed: Killed, verdicts: list[Verdict], seconds: float, plain_s: float | None, runs: list[Path]) -> None:
+    kills = sum(killed.kinds.values())
+    table = Table(title=f"{kills} kills over {len(verdicts)} runs", title_justify="left")
     table.add_column("what")
     table.add_column("count", justify="right")
+    table.add_column("s until more was done", justify="right")  # where no other kill came before
     for kind in KINDS:
-        table.add_row(f"killed: {kind}", str(killed[kind]))
+        took = [back_s for of, back_s in killed.back_s if of == kind]
+        times = (
+            f"{statistics.median(took):.0f} ({min(took):.0f} to {max(took):.0f}, {len(took)} times)" if took else "-"
+        )
+        table.add_row(f"killed: {kind}", str(killed.kinds[kind]), times)
     for name in ("rows_lost", "rows_doubled", "rows_different", "beyond_bound"):
         table.add_row(name.replace("_", " "), str(sum(getattr(verdict, name) for verdict in verdicts)))
     table.add_row("runs with other weights", str(sum(verdict.weights_differ for verdict in verdicts)))
-    table.add_row("times a run was begun", str(begun))
-    manifests = [read_manifest(folder) for folder in sorted(out.glob("disturbed-*")) if folder.is_dir()]
+    table.add_row("times a run was begun", str(killed.starts))
+    manifests = [read_manifest(folder) for folder in runs]
     table.add_row("updates done again", str(sum(manifest["updates_repeated"] for manifest in manifests)))
     table.add_row("groups sampled again", str(sum(manifest["groups_regenerated"] for manifest in manifests)))
     table.add_row("seconds", f"{seconds:.0f}")
     if plain_s is not None:
-        table.add_row("seconds lost per kill", f"{(seconds - plain_s * len(verdicts)) / sum(killed.values()):.1f}")
+        table.add_row("seconds lost per kill", f"{(seconds - plain_s * len(verdicts)) / kills:.1f}")
     Console().print(table)
 
 

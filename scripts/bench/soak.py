@@ -3,7 +3,8 @@ every process and the object store, read at 5, 30 and 60 minutes.
 
     python scripts/bench/soak.py --minutes 5 30 60 --out runs/soak
 
-Exit code 1 if something has grown by more than --slack between the first and the last reading.
+Exit code 1 if something has grown by more than --slack since the first reading, or if a process is not the one it was: one that
+died of its leak would come back small.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
 # Many short iterations of several passes each: everything that happens in a run, evaluations and saving too, happens often.
-LONG = ("schedule.iterations=48", "learner.epochs=24", "learner.checkpoint_every=8")
+LONG = ("schedule.iterations=48", "learner.epochs=48", "learner.checkpoint_every=8")
 NAMED = {
     "RolloutWorker": "rollout",
     "JudgeWorker": "judge",
@@ -33,7 +34,7 @@ NAMED = {
     "TrainController": "train controller",
 }
 
-Reading = dict[str, tuple[float, int, int]]  # by process: MiB of its own, open files, threads
+Reading = dict[str, tuple[float, int, int, int]]  # by process: MiB of its own, open files, threads, process id
 
 
 def main() -> None:
@@ -81,11 +82,11 @@ def read(run: psutil.Process) -> Reading:
                 name, now = _name(process, run), process.memory_info()
                 if name is None:
                     continue
-                figures = (now.rss - now.shared) / 2**20, process.num_fds(), process.num_threads()
+                figures = (now.rss - now.shared) / 2**20, process.num_fds(), process.num_threads(), process.pid
                 most[name] = tuple(map(max, figures, most.get(name, figures)))
                 if name == "raylet":
                     store = _store_mib(process)
-                    most["object store"] = (max(store, most.get("object store", (store,))[0]), 0, 0)
+                    most["object store"] = (max(store, most.get("object store", (store,))[0]), 0, 0, 0)
         time.sleep(1)
     return most
 
@@ -114,14 +115,19 @@ def _store_mib(raylet: psutil.Process) -> float:
 
 
 def _grown(readings: dict[float, Reading], slack: float) -> list[str]:
-    first, last = readings[min(readings)], readings[max(readings)]
-    restarted = [f"{name}: was not there at every reading" for name in first.keys() ^ last.keys()]
-    return restarted + [
-        f"{name}: {what} grew from {before:g} to {after:g}"
-        for name in first.keys() & last.keys()
-        for what, before, after in zip(("MiB", "open files", "threads"), first[name], last[name], strict=True)
-        if after > before * (1 + slack)
-    ]
+    first, found = readings[min(readings)], []
+    for mark, reading in readings.items():
+        found += [f"{name}: was not there at every reading" for name in first.keys() ^ reading.keys()]
+        for name in sorted(first.keys() & reading.keys()):
+            (*before, pid), (*after, other) = first[name], reading[name]
+            if pid != other:
+                found.append(f"{name}: is another process at {mark:g} minutes")
+            found += [
+                f"{name}: {what} grew from {a:g} to {b:g} at {mark:g} minutes"
+                for what, a, b in zip(("MiB", "open files", "threads"), before, after, strict=True)
+                if b > a * (1 + slack)
+            ]
+    return found
 
 
 def _show(readings: dict[float, Reading]) -> None:

@@ -9,6 +9,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -167,6 +168,9 @@ class Measured:
 
     async def __aexit__(self, *error: object) -> None:
         self._measuring.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._measuring
+        assert len(self.seen) > 20
 
     async def _measure(self) -> None:
         while True:

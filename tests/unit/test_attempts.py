@@ -92,6 +92,23 @@ def test_progress_begins_the_count_and_the_cause_anew(tmp_path):
     assert run.slept == [1.0, 1.0]
 
 
+def test_what_was_taken_back_and_made_again_is_no_loop(tmp_path):
+    """An attempt that set a damaged shard aside left another record than it found."""
+
+    def lose(then):
+        def body():
+            next((tmp_path / "iter_1/ledger").glob("shard-*")).unlink()
+            then()
+
+        return body
+
+    run = Run(tmp_path, limit=1)
+    shard(tmp_path, 0, lambda: None)()
+    with pytest.raises(WorkerDied, match="second"):
+        run.go(died("first"), lose(died("second")), died("third"))
+    assert run.begun == 3
+
+
 def test_what_would_come_again_is_not_tried_again(tmp_path):
     def diverged():
         raise LearnerError("the loss is not finite")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -28,6 +29,18 @@ def filled(cfg, iteration=1, names=NAMES) -> TrainingBuffer:
 
 def logps(n):
     return [(-float(i), -2.0 * i) for i in range(n)]
+
+
+def test_a_run_begun_before_cut_responses_were_counted_goes_on(tmp_path):
+    cfg = config(tmp_path)
+    old = generated_table([judged(name) for name in NAMES[:5]], "paper").drop_columns(["cut_responses"])
+    Ledger(cfg).append_table(1, old)
+    buffer = filled(cfg, names=NAMES[5:])
+    assert buffer.seal(1, NAMES).cut_responses == 0
+    record = json.loads((tmp_path / "iter_1/sealed.json").read_text())
+    del record["cut_responses"]
+    (tmp_path / "iter_1/sealed.json").write_text(json.dumps(record))
+    assert Ledger(cfg).sealed(1).groups == len(NAMES)
 
 
 def test_a_group_is_in_the_table_whole():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from groups import config, judged
 from sppo_ray.async_buffer import AsyncBuffer
 from sppo_ray.atomic import checksums_of
 from sppo_ray.buffer import TrainingBuffer
+from sppo_ray.buffer_service import BufferService
 from sppo_ray.ledger import Ledger
+from sppo_ray.metrics import read_metrics
 from sppo_ray.recovery import recover
 from sppo_ray.storage import StorageError
 from sppo_ray.types import Publication, ReferenceTask, TrainedIteration, TrainTask
@@ -253,3 +256,38 @@ def test_async_damaged_groups_are_sampled_again(tmp_path):
     again = AsyncBuffer(cfg, [NAMES[:6]])
     assert [ticket.number for ticket in again.admit(10)] == [0, 1]  # from the first update on
     assert again.resume_point().up_to == 0
+
+
+async def test_a_policy_that_is_no_more_leaves_no_evaluation_behind(tmp_path):
+    """As after the user deleted trained.json, since the policy was damaged."""
+    cfg = config(tmp_path)
+    trained(cfg)
+    evaluation, metrics = tmp_path / "iter_1/evaluation.parquet", tmp_path / "metrics.jsonl"
+    evaluation.write_bytes(b"of the policy that was")
+    service = BufferService(cfg, None)
+    lines = [{"event": "evaluation", "iteration": t, "x": 1.0} for t in (0, 1)]
+    for line in lines:
+        await service.record(line)
+    assert recover(cfg) == []
+    BufferService(cfg, None)
+    assert evaluation.exists()
+    assert read_metrics(metrics) == lines
+    (tmp_path / "iter_1/trained.json").unlink()
+    assert recover(cfg) == []
+    BufferService(cfg, None)
+    assert not evaluation.exists()
+    assert read_metrics(metrics) == lines[:1]
+
+
+async def test_a_slice_is_counted_in_the_metrics_while_it_is_sealed(tmp_path):
+    cfg = config(tmp_path)
+    service = BufferService(cfg, None)
+    await service.add([judged(name) for name in NAMES])
+    summary = await service.seal(1, NAMES)
+    await service.seal(1, NAMES)
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line == {"event": "slice"} | dataclasses.asdict(summary)
+    flip(tmp_path / "iter_1/generated.parquet")
+    recover(cfg)
+    BufferService(cfg, None)
+    assert read_metrics(tmp_path / "metrics.jsonl") == []

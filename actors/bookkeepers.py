@@ -1,0 +1,25 @@
+"""The actors that only keep books, the buffer and the weights hub: nobody stands in for them, so what hangs there would hang the
+run. A call to them has a time limit, and one that hangs leaves its stacks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
+from actors.stacks import Place, dump
+from sppo_ray.errors import WorkerDied
+
+ANSWER_LIMIT_S = 300.0  # after a restart the buffer reads whole tables
+T = TypeVar("T")
+
+
+async def answered(name: str, asked: Awaitable[T], place: Place | None = None, run_dir: str = "") -> T:
+    """What was asked of an actor. Raises WorkerDied for one that hangs, with its stacks in `run_dir` where its place is known."""
+    try:
+        async with asyncio.timeout(ANSWER_LIMIT_S):
+            return await asked
+    except TimeoutError:
+        stacks = f" Its stacks are in {await dump(name, place.node_id, place.pid, run_dir)}." if place else ""
+        raise WorkerDied(f"{name}: hangs: no answer in {ANSWER_LIMIT_S:g} s.{stacks}") from None
