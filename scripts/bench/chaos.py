@@ -12,199 +12,26 @@ from __future__ import annotations
 
 import argparse
 import random
-import re
 import statistics
 import sys
-import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from kills import KINDS, Killed, Run, disturb
 from rich.console import Console
 from rich.table import Table
 
-from sppo_ray.attempts import Progress, progress_of
 from sppo_ray.config import Config
 from sppo_ray.config_io import load_config
 from sppo_ray.run_dir import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
-# By the title that Ray gives a worker process: the class, then the method that runs.
-TITLES = {
-    "rollout": "RolloutWorker",
-    "judge": "JudgeWorker",
-    "buffer": "BufferActor",
-    "weights": "WeightsHub",
-    "learner": "RayTrainWorker",
-    "controller": "LearnerActor|TrainController",
-}
-KINDS = (*TITLES, "driver", "power")
-LIMIT_S = 600  # for a run to have a victim of the kind that is due, and to end after the last kill
 CHECKPOINTS = "learner.checkpoint_every=2"
-
-
-@dataclass
-class Killed:
-    """What was done to a run."""
-
-    kinds: Counter[str] = field(default_factory=Counter)
-    starts: int = 1
-    back_s: list[tuple[str, float]] = field(default_factory=list)  # by kind: until the run had got something done again
-
-    def __iadd__(self, other: Killed) -> Killed:
-        self.kinds += other.kinds
-        self.starts += other.starts
-        self.back_s += other.back_s
-        return self
-
-
-class Stopwatch:
-    """How long after a kill a run has more on record than before it. A kill that comes before that stops the watch."""
-
-    def __init__(self, folder: Path, done: Killed) -> None:
-        self._folder, self._done = folder, done
-        self._killed: tuple[str, float, Progress] | None = None  # kind, when, what was on record
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Stopwatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def start(self, kind: str) -> None:
-        self._killed = kind, time.monotonic(), progress_of(self._folder)
-
-    def stop(self) -> None:
-        self._killed = None
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.2):
-            if (killed := self._killed) and progress_of(self._folder) != killed[2]:
-                self._done.back_s.append((killed[0], time.monotonic() - killed[1]))
-                self._killed = None
-
-
-class Run:
-    """`sppo train` in a process of its own, begun again when it was killed."""
-
-    def __init__(self, config: Path, folder: Path, overrides: list[str]) -> None:
-        self.folder, self.log = folder, folder.with_suffix(".log")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        self._command = ["--config", str(config), f"run.dir={folder}", *overrides]
-        self._overrides = overrides
-        self.start(resume=False)
-
-    def start(self, resume: bool) -> None:
-        arguments = ["--resume", f"run.dir={self.folder}"] if resume else self._command
-        with self.log.open("ab") as log:
-            self.process = psutil.Popen(
-                [sys.executable, "-m", "sppo_ray", "train", *arguments], cwd=ROOT, stdout=log, stderr=log
-            )
-
-    @property
-    def over(self) -> bool:
-        return self.process.poll() is not None
-
-    def victims(self, kind: str) -> list[psutil.Process]:
-        try:
-            family = self.process.children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
-        if kind == "driver":
-            return [self.process] if family else []
-        if kind == "power":
-            return [self.process, *family] if family else []
-        return [process for process in family if re.match(rf"ray::({TITLES[kind]})\b", _title(process))]
-
-    def wait(self) -> None:
-        """Raises SystemExit with the run's output if it failed."""
-        try:
-            failed = self.process.wait(LIMIT_S) != 0
-        except psutil.TimeoutExpired:
-            failed = True
-            self.process.kill()
-        if failed:
-            sys.exit(f"the run failed or hangs; the end of {self.log}:\n{self.log.read_text()[-4000:]}")
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return ""
-
-
-def disturb(run: Run, kinds: list[str], rng: random.Random, pause: tuple[float, float]) -> Killed:
-    """Kill one process of each of `kinds` in turn, after a random pause in which the run goes on. Ends with the run."""
-    done = Killed()
-    with Stopwatch(run.folder, done) as watch:
-        for kind in kinds:
-            if not _serving_for(run, rng.uniform(*pause)):
-                break
-            watch.stop()
-            if not _strike(run, kind, rng):
-                break
-            watch.start(kind)
-            done.kinds[kind] += 1
-            print(f"killed {kind}", file=sys.stderr, flush=True)
-            if kind in ("driver", "power"):
-                run.process.wait()
-                run.start(resume=True)
-                done.starts += 1
-        run.wait()
-    return done
-
-
-def _strike(run: Run, kind: str, rng: random.Random) -> bool:
-    """Kill one process of the kind, or all there are. False: the run is over."""
-    while victims := _await_victims(run, kind):
-        chosen = victims if kind == "power" else [rng.choice(victims)]
-        if sum(_kill(victim) for victim in chosen):  # none: it ended by itself meanwhile
-            return True
-    return False
-
-
-def _serving_for(run: Run, seconds: float) -> bool:
-    """Waits until a judge has been up for so long: the run has begun again to do something. False: the run is over."""
-    began: float | None = None
-    end = time.monotonic() + LIMIT_S
-    while began is None or time.monotonic() - began < seconds:
-        if run.over or time.monotonic() > end:
-            return False
-        if began is None and run.victims("judge"):
-            began = time.monotonic()
-        time.sleep(0.1)
-    return True
-
-
-def _await_victims(run: Run, kind: str) -> list[psutil.Process]:
-    end = time.monotonic() + LIMIT_S
-    while not (victims := run.victims(kind)):
-        if run.over or time.monotonic() > end:
-            return []
-        time.sleep(0.05)
-    return victims
-
-
-def _kill(process: psutil.Process) -> bool:
-    """Whether it was there."""
-    try:
-        process.kill()
-    except psutil.NoSuchProcess:
-        return False
-    return True
-
-
-# What came of it.
 
 
 @dataclass(frozen=True)

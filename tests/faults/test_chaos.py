@@ -23,7 +23,7 @@ def test_every_kind_is_killed_and_the_tables_and_weights_are_the_same(whole, tmp
 @pytest.mark.timeout(300)
 def test_a_hub_that_dies_while_the_workers_start_is_started_again_with_them(tmp_path):
     sys.path.insert(0, str(ROOT / "scripts/bench"))
-    import chaos as kills
+    import kills
 
     run = kills.Run(ROOT / "configs/tiny_cpu.yaml", tmp_path / "run", [*SMALL, "schedule.iterations=1", "data.limit=8"])
     try:
