@@ -12,7 +12,7 @@ from sppo_ray.progress import RunProgress
 from sppo_ray.run_dir import read_manifest, update_manifest
 from sppo_ray.types import Look
 
-EVERY_S = 10.0  # what a killed driver loses of the counts
+EVERY_S = 2.0  # what a killed driver loses of the counts
 
 
 class Tally:

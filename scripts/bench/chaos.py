@@ -1,4 +1,5 @@
 """Kills the processes of a run, one after the other, by a seeded script, and compares what it made with an undisturbed run.
+The kills are spread over the work: sampling, training, publishing, evaluating.
 
     python scripts/bench/chaos.py --kills 100 --out runs/chaos                     # sync: the same tables and weights?
     python scripts/bench/chaos.py --kills 100 --config configs/tiny_cpu_async.yaml # async: bound held, each prompt once?
@@ -22,7 +23,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from kills import KINDS, Killed, Run, disturb
+from kills import KINDS, Killed, Run, Work, disturb
 from rich.console import Console
 from rich.table import Table
 
@@ -90,7 +91,9 @@ def main() -> None:
     parser.add_argument(
         "--undisturbed", type=Path, help="a finished run of the same config and overrides; else it is made"
     )
-    parser.add_argument("--pause", type=float, nargs=2, default=(1.0, 10.0), help="seconds between two kills")
+    parser.add_argument(
+        "--pause", type=float, nargs=2, default=(0.5, 5.0), help="seconds of serving before a kill that is due"
+    )
     parser.add_argument("overrides", nargs="*", help="key=value")
     options = parser.parse_args()
     options.overrides.insert(0, CHECKPOINTS)
@@ -98,6 +101,7 @@ def main() -> None:
     config = load_config(options.config, [*options.overrides, f"run.dir={options.out / 'undisturbed'}"])
     undisturbed = options.undisturbed or options.out / "undisturbed"
     plain_s = _seconds_of_undisturbed(options.config, undisturbed, options.overrides)
+    work = Work(config, undisturbed)
 
     killed, verdicts, runs, seconds = Killed(starts=0), list[Verdict](), list[Path](), 0.0
     while (left := options.kills - sum(killed.kinds.values())) > 0:
@@ -105,7 +109,7 @@ def main() -> None:
         kinds = [kind for _ in range(left) for kind in rng.sample(KINDS, len(KINDS))][:left]
         folder = options.out / f"disturbed-{len(verdicts)}"
         started = time.monotonic()
-        done = disturb(Run(options.config, folder, options.overrides), kinds, rng, tuple(options.pause))
+        done = disturb(Run(options.config, folder, options.overrides), kinds, rng, work, tuple(options.pause))
         seconds += time.monotonic() - started
         killed += done
         runs.append(folder)

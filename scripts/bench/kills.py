@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import sys
@@ -14,6 +15,9 @@ from pathlib import Path
 import psutil
 
 from sppo_ray.attempts import Progress, progress_of
+from sppo_ray.config import Config
+from sppo_ray.ledger import Ledger
+from sppo_ray.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 # By the title that Ray gives a worker process: the class, then the method that runs.
@@ -26,6 +30,7 @@ TITLES = {
     "controller": "LearnerActor|TrainController",
 }
 KINDS = (*TITLES, "driver", "power")
+LAST_KILL = 0.95  # of the work; later ones would often meet the end of the run
 LIMIT_S = 600  # for a run to have a victim of the kind that is due, and to end after the last kill
 
 
@@ -42,6 +47,26 @@ class Killed:
         self.starts += other.starts
         self.back_s += other.back_s
         return self
+
+
+class Work:
+    """How much of a run is on record, as a share of what an undisturbed one made; groups and updates are half of it each."""
+
+    def __init__(self, config: Config, undisturbed: Path) -> None:
+        self._config = config
+        self._groups, self._updates = self._counts(undisturbed)
+
+    def done(self, folder: Path) -> float:
+        """In [0, 1]; beyond while groups sampled again are on disk twice."""
+        groups, updates = self._counts(folder)
+        return (groups / self._groups + updates / self._updates) / 2
+
+    def _counts(self, folder: Path) -> tuple[int, int]:
+        ledger = Ledger(
+            self._config.model_copy(update={"run": self._config.run.model_copy(update={"dir": str(folder)})})
+        )
+        groups = sum(ledger.groups(t) for t in range(1, self._config.schedule.iterations + 1))
+        return groups, sum("step" in line for line in read_metrics(folder / "metrics.jsonl"))
 
 
 class Stopwatch:
@@ -124,12 +149,14 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def disturb(run: Run, kinds: list[str], rng: random.Random, pause: tuple[float, float]) -> Killed:
-    """Kill one process of each of `kinds` in turn, after a random pause in which the run goes on. Ends with the run."""
+def disturb(run: Run, kinds: list[str], rng: random.Random, work: Work, pause: tuple[float, float]) -> Killed:
+    """Kill one process of each of `kinds` in turn, at random points of the work, so that sampling, training, publishing and
+    evaluating all meet them. Ends with the run."""
     done = Killed()
+    due = sorted(rng.uniform(0, LAST_KILL) for _ in kinds)
     with Stopwatch(run.folder, done) as watch:
-        for kind in kinds:
-            if not _serving_for(run, rng.uniform(*pause)):
+        for kind, share in zip(kinds, due, strict=True):
+            if not _has_done(run, work, share) or not _serving_for(run, rng.uniform(*pause)):
                 break
             watch.stop()
             if not _strike(run, kind, rng):
@@ -152,6 +179,18 @@ def _strike(run: Run, kind: str, rng: random.Random) -> bool:
         if sum(_kill(victim) for victim in chosen):  # none: it ended by itself meanwhile
             return True
     return False
+
+
+def _has_done(run: Run, work: Work, share: float) -> bool:
+    """Waits for that share of the work. False: the run is over, or nothing was done for LIMIT_S."""
+    done, end = -1.0, time.monotonic() + LIMIT_S
+    while done < share and not run.over and time.monotonic() < end:
+        time.sleep(0.2)
+        with contextlib.suppress(OSError):  # a shard that is removed since its slice was sealed just now
+            before, done = done, work.done(run.folder)
+            if done != before:
+                end = time.monotonic() + LIMIT_S
+    return done >= share
 
 
 def _serving_for(run: Run, seconds: float) -> bool:
