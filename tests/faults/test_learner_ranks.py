@@ -51,7 +51,11 @@ async def test_a_rank_that_hangs_is_named_and_one_that_dies_is_replaced(ray_here
     scripted = ray.remote(learner_factory.ScriptedBuffer).options(num_cpus=0)
     buffer = scripted.remote(str(policy), hold_at=(1, 3), checkpoints=str(checkpoints))
     hub = ray.remote(WeightsHub).options(num_cpus=0).remote(config)
-    learner = LearnerProcess(ray.remote(LearnerActor).options(num_cpus=0).remote(config, LAYOUT, buffer, hub), buffer)
+    learner = LearnerProcess(
+        ray.remote(LearnerActor).options(num_cpus=0).remote(config, LAYOUT, buffer, hub),
+        buffer,
+        config.learner.timeout_s,
+    )
 
     await buffer.holds.remote()
     stopped = rank_process(run_dir, 1)
