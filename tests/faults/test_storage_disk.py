@@ -97,14 +97,16 @@ async def test_a_run_waits_for_its_disk_at_every_write(disk, kind):
     await through(service.add([judged(name) for name in NAMES]))
     await through(service.seal(1, NAMES))
     await through(service.record_reference(1, [(-1.0, -2.0)] * len(NAMES)))
-    padding = "x" * 5000  # more than the page that is left
+    padding = "x" * 10_000  # more than the page that is left and what the slice's line left of its own
     await through(service.record_step({"step": 1, "note": padding}))
     assert recover(cfg) == []
     again = TrainingBuffer(cfg)
     again.release(1)
     assert again.held(1) == set(NAMES)
     assert again.next_task(0).examples[0].reference_logps == (-1.0, -2.0)
-    assert read_metrics(disk / "run/metrics.jsonl") == [{"step": 1, "note": padding}]
+    of_slice, of_step = read_metrics(disk / "run/metrics.jsonl")
+    assert (of_slice["event"], of_slice["groups"]) == ("slice", len(NAMES))
+    assert of_step == {"step": 1, "note": padding}
     assert not list((disk / "run").rglob(".*"))
 
 
