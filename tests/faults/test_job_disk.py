@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -12,19 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.actors.job_runs import SLOW, manifest, metrics, shards, sppo, train, wait_for
-from tests.faults.test_storage_disk import Full, mount
+from tests.faults.test_storage_disk import Full, small_disk
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs of 200 MiB, of which a run of the tiny policy takes a part."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = mount("-t", "tmpfs", "-o", "size=200m", "tmpfs", str(folder))
-    if done.returncode:
-        pytest.skip(f"this process may not mount a tmpfs: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    with small_disk(tmp_path / "disk", "200m") as folder:
+        yield folder
 
 
 @pytest.mark.timeout(600)

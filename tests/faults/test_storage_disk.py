@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,15 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A tmpfs of one MiB; attempts follow each other quickly."""
     monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(storage, "LONGEST_WAIT_S", 0.1)
-    folder = tmp_path / "disk"
+    with small_disk(tmp_path / "disk", "1m") as folder:
+        yield folder
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A tmpfs; the test is skipped where this process may not mount one."""
     folder.mkdir()
-    done = mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder))
+    done = mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder))
     if done.returncode:
         pytest.skip(f"this process may not mount a tmpfs: {done.stderr.strip()}")
     yield folder
