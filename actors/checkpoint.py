@@ -1,7 +1,9 @@
 """The learner's checkpoints within an iteration: its full state in safetensors, for any number of ranks at any ZeRO stage.
 
-They are the run directory's own (`<run>/checkpoints/learner/step-<n>`), not Ray Train's: whoever starts a group of ranks,
-Ray Train after a failure or the next driver, finds the newest one there.
+Made inside Ray Train's ranks, which Ray Train starts again after a failure; but the files are the run directory's own
+(`<run>/checkpoints/learner/step-<n>`) and not given to `ray.train.report`: its controller would keep a list of them in a
+file of its own, which fails the run on a full disk, where ours waits, and whose entries must all exist, where ours sets
+damaged ones aside. Whoever starts a group of ranks, Ray Train or the next driver, finds the newest sound one there.
 """
 
 from __future__ import annotations

@@ -17,16 +17,17 @@ EVERY_S = 2.0  # what a killed driver loses of the counts
 
 class Tally:
     """restarts, by role: times a worker, the learner's ranks, or all actors (`run`) were started again.
-    groups_sampled: with those sampled again. updates_repeated: updates the learner made again after a restart."""
+    groups_sampled: with those sampled again. updates_repeated: updates the learner made again after a restart. Lower bounds:
+    what a killed driver had not written yet is not in them."""
 
-    def __init__(self, root: Path) -> None:
-        """After the run directory is claimed for this attempt."""
+    def __init__(self, root: Path, held: int) -> None:
+        """After the run directory is claimed for this attempt. held: groups that are on disk already."""
         before = read_manifest(root)
         self.seen = Look({}, "", 0, 0)  # of the buffer, last
         self._root = root
         self._before = Counter(before.get("restarts", {}))
         self._before["run"] = len(before.get("resumed", []))
-        self._sampled, self._repeated = before.get("groups_sampled", 0), before.get("updates_repeated", 0)
+        self._sampled, self._repeated = max(held, before.get("groups_sampled", 0)), before.get("updates_repeated", 0)
         self._kept_at = time.monotonic()
 
     def keep_now_and_then(self, now: Running, progress: RunProgress) -> None:

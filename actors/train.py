@@ -76,12 +76,13 @@ async def _train(config: Config, layout: Layout, checked: Preflight, console: Co
         await _alone()
         for found in await in_daemon_thread(partial(recover, config)):
             progress.alarm(found)
+        held = await in_daemon_thread(lambda: counts(config)["groups_judged"])
         progress.say("starting the workers")
         async with running(config, layout, checked.prompts.heldout, checked.prompts.slices) as now:
-            tally = Tally(Path(config.run.dir))
+            tally = Tally(Path(config.run.dir), held)
             followers = _followers(now, config, progress, tally, mirror)
             try:
-                await _first_of(_schedule(now, config, checked, progress), *followers)
+                await _first_of(_schedule(now, config, checked, progress, held), *followers)
             finally:
                 tally.keep(now, progress)
 
@@ -101,13 +102,14 @@ def _display(config: Config, checked: Preflight, console: Console) -> RunProgres
     return AsyncProgress(console, StepPlan(config, [len(part) for part in checked.prompts.slices]))
 
 
-async def _schedule(now: Running, config: Config, checked: Preflight, progress: RunProgress) -> None:
+async def _schedule(now: Running, config: Config, checked: Preflight, progress: RunProgress, held: int) -> None:
+    """held: groups that are on disk already."""
     if now.done:
         progress.resumed(now.done)
     start, slices = now.done.iteration if now.done else 0, checked.prompts.slices
     if config.schedule.mode == "async":
         assert isinstance(progress, AsyncProgress)
-        progress.holds(await in_daemon_thread(lambda: counts(config)["groups_judged"]))
+        progress.holds(held)
         await asynchronous.run(now.system, slices, config, progress, start, now.version)
         return
     try:

@@ -6,7 +6,6 @@ What the driver makes of deaths in a row and of workers that hang is in tests/un
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ class Gate:
 
 async def waiting(gate: Any, count: int) -> list[str]:
     """Who waits at the gate, once `count` do."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             inside, _ = await gate.state.remote()
             if len(inside) == count:
@@ -124,9 +123,13 @@ def hub(ray_local: None, actor_config: Config) -> Any:
     ray.kill(hub)
 
 
+def limited(config: Config, **weights: float) -> Config:
+    return config.model_copy(update={"weights": config.weights.model_copy(update=weights)})
+
+
 @pytest.fixture
 def config(actor_config: Config) -> Config:
-    return actor_config.model_copy(update={"weights": actor_config.weights.model_copy(update={"timeout_s": 3.0})})
+    return limited(actor_config, timeout_s=60)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +182,7 @@ async def test_a_lost_call_is_made_again_on_another_worker(config: Config, good:
     assert pool.slots == 2 * each
     assert (await pool.generate(PROMPT, sampling(13), 1)).receipt.worker == "good-0"
     assert pool.slots == each
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while (await pool.generate(PROMPT, sampling(1), 1)).receipt.worker != "mortal":
             await asyncio.sleep(0.2)  # another is started in its place, under its name
     assert pool.slots == 2 * each
@@ -227,8 +230,10 @@ async def test_load_checks_every_checksum(config: Config, good: Any, hub: Any) -
     report = await RolloutPool(config, good, hub).load(1)
     assert {name: (f["version"], f["checksum"]) for name, f in report.items()} == dict.fromkeys(good, (1, "right"))
     liar = start("liar", checksum="wrong")
+    doubtful = RolloutPool(config, good | {"liar": liar}, hub)
+    await doubtful.ready()
     with pytest.raises(WeightSyncError, match=r"liar: has checksum wrong, but .* with checksum right"):
-        await RolloutPool(config, good | {"liar": liar}, hub).load(1)
+        await doubtful.load(1)
     with pytest.raises(WeightSyncError, match=r"version 2 was to be loaded but version 1"):
         await RolloutPool(config, good, hub).load(2)
     ray.kill(liar)
@@ -238,25 +243,22 @@ async def test_load_checks_every_checksum(config: Config, good: Any, hub: Any) -
 async def test_who_does_not_answer_a_load_is_left_out(
     config: Config, good: Any, hub: Any, all_at_once: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    slow = start("slow", load_s=60)
-    pool = RolloutPool(config, {"slow": slow} | good, hub, all_at_once)
+    slow = start("slow", load_s=3600)
+    pool = RolloutPool(limited(config, timeout_s=8), {"slow": slow} | good, hub, all_at_once)
     await pool.ready()
-    began = time.monotonic()
     assert (await pool.load(1)).keys() == good.keys()
-    assert time.monotonic() - began < 10
     assert "version 1 is served without slow" in caplog.text
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while "slow: died 1 time" not in caplog.text:  # none is started in its place here
             await asyncio.sleep(0.05)
     stacks = (Path(config.run.dir) / "logs/slow.stacks.txt").read_text()
     assert "Thread" in stacks and "MainThread" in stacks  # noqa: PT018
-    assert "slow: hangs: no answer to load in 3 s." in caplog.text
+    assert "slow: hangs: no answer to load in 8 s." in caplog.text
     assert (await pool.load(1)).keys() == good.keys()
 
 
 async def test_an_update_rolls_while_the_others_sample(config: Config, hub: Any, gate: Any) -> None:
-    weights = config.weights.model_copy(update={"at_once": 0.6, "timeout_s": 60})
-    config = config.model_copy(update={"weights": weights})
+    config = limited(config, at_once=0.6)
     workers = {f"w-{n}": start(f"w-{n}", gate=gate) for n in range(4)}
     pool = RolloutPool(config, workers, hub, all_at_once=False)
     await pool.ready()
@@ -279,11 +281,11 @@ async def test_an_update_rolls_while_the_others_sample(config: Config, hub: Any,
 
 
 async def test_the_time_limit_is_each_workers_own(config: Config, hub: Any) -> None:
-    workers = {f"slow-{n}": start(f"slow-{n}", load_s=1.6) for n in range(2)}  # 3.2 s in turn, the limit is 3 s
-    pool = RolloutPool(config, workers, hub, all_at_once=False)
+    workers = {f"slow-{n}": start(f"slow-{n}", load_s=6) for n in range(2)}  # 12 s in turn, the limit is 11 s
+    pool = RolloutPool(limited(config, timeout_s=11), workers, hub, all_at_once=False)
     await pool.ready()
     report = await pool.load(1)
-    assert all(1.6 <= figures["seconds"] < 3 for figures in report.values())
+    assert all(6 <= figures["seconds"] < 11 for figures in report.values())
     for worker in workers.values():
         ray.kill(worker)
 

@@ -201,7 +201,7 @@ async def test_what_the_engine_refuses_names_the_worker(base: Serving, prompts: 
 
 async def test_groups_go_from_rollout_to_judge(base: Serving, prompts: list[Prompt]) -> None:
     """And judges that are stopped or killed are replaced, with the same bits."""
-    section = base.config.judge.model_copy(update={"timeout_s": 4.0})  # a group takes milliseconds
+    section = base.config.judge.model_copy(update={"timeout_s": 10.0})  # a group takes milliseconds
     restarts = base.config.cluster.model_copy(update={"max_restarts": 1})
     config = base.config.model_copy(update={"judge": section, "cluster": restarts})
 

@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from groups import config
 
+from actors.tally import Tally
 from sppo_ray import storage
 from sppo_ray.errors import ConfigError
 from sppo_ray.metrics import MetricsLog, read_metrics
@@ -141,6 +143,17 @@ def test_manifest_update_keeps_the_rest(tmp_path):
     update_manifest(tmp_path, status="done", groups_trained=5)
     manifest = read_manifest(tmp_path)
     assert (manifest["status"], manifest["groups_trained"], manifest["seed"]) == ("done", 5, 7)
+
+
+@pytest.mark.parametrize(("written", "held", "expected"), [(9, 48, 50), (60, 48, 62), (None, 0, 2)])
+def test_what_is_on_disk_was_sampled(tmp_path, written, held, expected):
+    """A driver that was killed has not always written its counts."""
+    claim(config(tmp_path), {})
+    update_manifest(tmp_path, **{} if written is None else {"groups_sampled": written})
+    now = SimpleNamespace(rollout=SimpleNamespace(restarts=1), judge=SimpleNamespace(restarts=0))
+    Tally(tmp_path, held).keep(now, SimpleNamespace(groups=2))
+    assert read_manifest(tmp_path)["groups_sampled"] == expected
+    assert read_manifest(tmp_path)["restarts"] == {"rollout": 1, "judge": 0, "learner": 0, "run": 0}
 
 
 def test_metrics_hold_each_step_once(tmp_path):
