@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -169,7 +170,10 @@ def _train(config: Config, dry_run: bool) -> None:
         return
     from actors.train import train as run_training
 
+    begun = time.monotonic()
     run_training(config, layout, checked, out)
+    minutes, seconds = divmod(round(time.monotonic() - begun), 60)
+    out.print(f"done in {minutes} min {seconds} s", highlight=False)
     _show_result(root)
 
 

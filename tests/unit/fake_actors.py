@@ -8,6 +8,8 @@ from typing import Any
 
 from ray.exceptions import ActorAlreadyExistsError, ObjectLostError, RayActorError, RayTaskError
 
+from actors.revival import Worker
+from actors.workers import Workers
 from sppo_ray.types import Receipt
 
 
@@ -98,3 +100,25 @@ async def serves(_: Actor) -> None:
 
 def receipt(prompt_id: str = "p") -> Receipt:
     return Receipt(prompt_id, "w", 1, 0, 0)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def rejoin(worker: Worker) -> None:
+    worker.returning = None
+
+
+def workers_on(stage: Stage, *names: str, max_restarts: int = 3, timeout_s: float = 100.0) -> Workers:
+    handles = {name: stage.create(name) for name in names or ("w",)}
+    return Workers(handles, stage.create, rejoin, timeout_s, max_restarts, "run")  # type: ignore[arg-type]
+
+
+async def quick(actor: Actor, *_: Any) -> str:
+    await asyncio.sleep(1)
+    return actor.name
+
+
+async def never(*_: Any) -> None:
+    await asyncio.sleep(10**6)
