@@ -10,9 +10,9 @@ from rich.table import Table
 from sppo_ray.evaluation import MODES
 
 COLUMNS = (  # key without the mode, heading, format; a column without any value is left out
-    ("judge_win_vs_base", "judge: win\nvs base", "{:.3f}"),
-    ("judge_win_vs_previous", "judge: win\nvs previous", "{:.3f}"),
-    ("oracle_win_vs_base", "oracle: win\nvs base", "{:.3f}"),
+    ("judge_win_vs_base", "judge\nvs base", "{:.3f}"),
+    ("judge_win_vs_previous", "judge vs\nprevious", "{:.3f}"),
+    ("oracle_win_vs_base", "oracle\nvs base", "{:.3f}"),
     ("oracle_mean", "oracle\nmean", "{:+.2f}"),
     ("junk_rate", "junk\nrate", "{:.1%}"),
     ("mean_tokens", "mean\ntokens", "{:.1f}"),
@@ -29,7 +29,7 @@ def closing_table(metrics: Sequence[Mapping[str, Any]]) -> Table | None:
     lines = evaluations(metrics)
     if not lines:
         return None
-    table = Table(title=f"Held-out evaluation, {lines[0]['prompts']} prompts")
+    table = Table(title=f"Held-out evaluation, {lines[0]['prompts']} prompts", caption="vs: win rates, ties count half")
     table.add_column("policy")
     table.add_column("answers")
     columns = [column for column in COLUMNS if any(f"{column[0]}_{MODES[0]}" in line for line in lines)]
