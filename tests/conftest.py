@@ -8,11 +8,18 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
-from tests.actors.job_runs import PLANTED, sppo, train
+from tests.actors.job_runs import LIMIT_S, PLANTED, sppo, train
 
 # Workers that Ray starts beforehand, one for each CPU, serve none of our actors, which have environments of their own.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+# As the runs themselves set it: objects that nobody holds are gone at once, and not at the next look, a second later.
+os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")
+
+# No time limit for an example: 0.2 s, the default, is less than a busy machine may hold anyone up.
+settings.register_profile("no deadline", settings(), deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +33,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         if not output.exists():
             shutil.rmtree(run_dir, ignore_errors=True)  # of another process's try that failed
             process = sppo(*train(run_dir), **PLANTED)
-            said, _ = process.communicate(timeout=400)
+            said, _ = process.communicate(timeout=LIMIT_S)
             assert process.returncode == 0, said
             output.write_text(said)
     return run_dir, output.read_text()

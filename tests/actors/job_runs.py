@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -12,12 +13,14 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from sppo_ray.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -26,6 +29,7 @@ SMALL = (
     "evaluation.limit=6", "rollout.in_flight=8",
 )  # fmt: skip
 PROMPTS = 24  # an iteration
+LIMIT_S = 900  # for a run, which takes a minute or two, or for what is to happen in one: only what hangs meets it
 
 # With one group in flight, and each on disk before the next begins, an iteration's prompts take seconds to sample: time
 # enough to stop a run in the middle. Both keys may change when it goes on.
@@ -63,6 +67,11 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def steps(run_dir: Path) -> int:
+    """Updates on record, also while the run goes on: a line may be there by half."""
+    return sum("step" in line for line in read_metrics(run_dir / "metrics.jsonl"))
+
+
 def manifest(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "manifest.json").read_text())
 
@@ -72,7 +81,7 @@ def shards(run_dir: Path, iteration: int) -> int:
     return len(list((run_dir / f"iter_{iteration}/ledger").glob("shard-*.parquet")))
 
 
-def wait_for(condition: Callable[[], object], timeout: float = 300) -> None:
+def wait_for(condition: Callable[[], object], timeout: float = LIMIT_S) -> None:
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, "timed out"
@@ -90,7 +99,7 @@ class Head:
         """`ray job <command>`"""
         return subprocess.run(
             [str(BIN / "ray"), "job", command, "--address", self.address, *arguments],
-            env=self.env, cwd="/", capture_output=True, text=True, timeout=400, check=False,
+            env=self.env, cwd="/", capture_output=True, text=True, timeout=LIMIT_S, check=False,
         )  # fmt: skip
 
     def submit(self, run_dir: Path, *overrides: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -106,7 +115,7 @@ class Head:
         request = urllib.request.Request(
             f"{self.address}/api/v0/actors?detail=1", headers={"Authorization": f"Bearer {token}"}
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return json.load(answer)["data"]["result"]["result"]
 
     def alive(self) -> set[str]:
@@ -134,7 +143,8 @@ def ray_head(folder: Path) -> Iterator[Head]:
             [*command, f"--temp-dir={sockets}"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            wait_for(lambda: answers(dashboard), timeout=60)
+            # The dashboard refuses a job if the agent, which may be later, is not there in 10 s.
+            wait_for(lambda: answers(dashboard) and answers(agent), timeout=180)
             yield Head(f"http://127.0.0.1:{dashboard}", env)
         finally:
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -144,9 +154,12 @@ def ray_head(folder: Path) -> Iterator[Head]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Not one of those that the system, or Ray, deals out: nobody else is given it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def answers(port: int) -> bool:

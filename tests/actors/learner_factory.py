@@ -69,7 +69,7 @@ def run_ranks(script: str, policy: Path, out: Path, world: int) -> None:
         )
         for rank in range(world)
     ]
-    codes = [rank.wait(timeout=280) for rank in ranks]
+    codes = [rank.wait(timeout=600) for rank in ranks]
     assert codes == [0] * world, (out / "rank-0.log").read_text()[-3000:]
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from sppo_ray.metrics import read_metrics
 from sppo_ray.tables import CONSUMED
-from tests.actors.job_runs import ROOT, manifest, metrics, sppo, train, wait_for
+from tests.actors.job_runs import LIMIT_S, ROOT, manifest, metrics, sppo, steps, train, wait_for
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(2 * LIMIT_S)
 STEP_FIGURES = ("loss", "delta_w", "delta_l", "grad_norm", "learning_rate", "margin", "mean_length_w")
 
 
@@ -19,7 +22,7 @@ def test_at_zero_staleness_it_equals_sync_to_the_last_bit(whole, tmp_path):
     """`tiny_cpu_async_zero` against `tiny_cpu`: the same rows, updates and weights."""
     run_dir = tmp_path / "zero"
     process = sppo(*train(run_dir, "tiny_cpu_async_zero"))
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, output
     for t in (1, 2):
         for name in ("train", "generated", "reference", "evaluation"):
@@ -36,17 +39,38 @@ def test_at_zero_staleness_it_equals_sync_to_the_last_bit(whole, tmp_path):
     assert {(line["staleness_mean"], line["staleness_max"]) for line in ours} == {(0, 0)}
 
 
+def the_learner_s_rank(driver: int) -> psutil.Process:
+    found = []
+    for process in psutil.Process(driver).children(recursive=True):
+        with suppress(psutil.Error):  # it ended meanwhile
+            if "ray::RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    (rank,) = found
+    return rank
+
+
+def joined(run_dir):
+    return any(line.get("event") == "scale" for line in read_metrics(run_dir / "metrics.jsonl"))
+
+
 @pytest.fixture(scope="module")
 def streamed(tmp_path_factory):
     """Two passes over the prompts, a publish per update, two rollout workers; a judge joins while it runs."""
     run_dir = tmp_path_factory.mktemp("runs") / "streamed"
-    slow = ("rollout.in_flight=1", "buffer.flush_s=0.4")  # time enough for a newcomer to start
+    slow = ("rollout.in_flight=1", "buffer.flush_s=0.4")  # time enough to stop the learner in the middle
     faster = ("learner.epochs=2", "weights.publish_every=1", "rollout.num_workers=2")
     process = sppo(*train(run_dir, "tiny_cpu_async"), *faster, *slow)
-    wait_for(lambda: (run_dir / "iter_1/ledger").exists() or process.poll() is not None)
+    wait_for(lambda: steps(run_dir) or process.poll() is not None)
+    assert process.poll() is None, process.communicate()[0]
     scale = [sys.executable, "-m", "sppo_ray", "scale", "--run", str(run_dir), "judge=+1"]
-    scaled = subprocess.run(scale, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    output, _ = process.communicate(timeout=400)
+    rank = the_learner_s_rank(process.pid)
+    rank.suspend()  # for as long as it takes the newcomer to start: without the learner the run cannot come to its end
+    try:
+        scaled = subprocess.run(scale, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        wait_for(lambda: joined(run_dir) or scaled.returncode or process.poll() is not None)
+    finally:
+        rank.resume()
+    output, _ = process.communicate(timeout=LIMIT_S)
     assert scaled.returncode == 0, scaled.stdout + scaled.stderr
     assert process.returncode == 0, output
     return run_dir, output

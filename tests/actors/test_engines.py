@@ -94,6 +94,13 @@ def sampling(*seeds: int) -> Sampling:
     return Sampling(1.0, 1.0, 8, seeds)
 
 
+async def in_the_engine(llm: FakeLLM, requests: int) -> None:
+    """Returns when so many run there."""
+    async with asyncio.timeout(60):
+        while len(llm.running) < requests:
+            await asyncio.sleep(0.001)
+
+
 UPDATE = ["abandon_weight_update", "start_weight_update", "update_weights", "update_weights", "finish_weight_update"]
 
 
@@ -117,7 +124,7 @@ async def test_a_failed_step_reaches_everyone_who_waits(llm: FakeLLM) -> None:
     engine = engines.InProcessEngine({}, 0)
     llm.steps = 10**9
     waiting = [asyncio.create_task(engine.generate([1], sampling(i, i + 50))) for i in range(3)]
-    await asyncio.sleep(0.05)
+    await in_the_engine(llm, 6)
     llm.fail["step"] = RuntimeError("broken kernel")
     for task in waiting:
         with pytest.raises(EngineDied, match="broken kernel"):
@@ -130,12 +137,12 @@ async def test_a_cancelled_group_is_aborted_in_the_engine(llm: FakeLLM) -> None:
     engine = engines.InProcessEngine({}, 0)
     llm.steps = 10**9
     task = asyncio.create_task(engine.generate([1], sampling(0, 50)))
-    await asyncio.sleep(0.05)
+    await in_the_engine(llm, 2)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert llm.calls == ["abort", "abort"]
-    await asyncio.wait_for(engine.update_weights(1, chunks), 5)  # nobody is left inside
+    await asyncio.wait_for(engine.update_weights(1, chunks), 60)  # nobody is left inside
 
 
 async def test_an_update_waits_for_running_groups_and_holds_later_ones(llm: FakeLLM) -> None:

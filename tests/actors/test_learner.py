@@ -33,6 +33,7 @@ from sppo_ray.logprobs import PolicyLogps
 from sppo_ray.types import Publication, TrainedIteration
 from sppo_ray.weight_chunks import Checksum, unpack
 
+pytestmark = pytest.mark.timeout(1500)  # with the ranks that run for all tests of the file
 METRICS = {
     "step", "iteration", "loss", "delta_w", "delta_l", "target_w", "target_l", "margin", "margin_accuracy", "grad_norm",
     "learning_rate", "tokens_per_s", "mean_length_w", "mean_length_l", "truncated_share", "examples",

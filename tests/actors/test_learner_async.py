@@ -12,6 +12,7 @@ from learner_factory import assert_token_logprobs, examples, run_ranks, write_ti
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.timeout(1500)  # with the ranks that run for all tests of the file
 CASES = [(1, 0), (1, 3), (2, 0), (2, 2), (2, 3)]  # ranks, ZeRO stage
 
 

@@ -10,6 +10,7 @@ from learner_checkpoint_probe import SHARED
 from learner_factory import run_ranks, write_tiny_policy
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.timeout(1500)  # with the ranks that run for all tests of the file
 ELSEWHERE = [(1, 0), (3, 2), (3, 3)]  # ranks, ZeRO stage
 
 Weights = dict[str, torch.Tensor]

@@ -23,6 +23,7 @@ from sppo_ray.errors import WeightSyncError
 from sppo_ray.types import Prompt, ResponseGroup, Sampling
 from sppo_ray.weight_chunks import Checksum, WeightChunk, pack
 
+pytestmark = pytest.mark.timeout(900)  # with the start of the engines that all tests share, and of more
 ALONE = Ranks(rank=0, world=1, group=None)  # a learner of one rank
 GREEDY = Sampling(0.0, 1.0, 32, (0,))
 Weights = dict[str, torch.Tensor]
@@ -76,7 +77,7 @@ async def assert_no_process_is_left(worker: object) -> None:
     processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     assert len(processes) > 1  # the engine core is a process of its own here
     ray.kill(worker)
-    _, alive = psutil.wait_procs(processes, timeout=15)
+    _, alive = psutil.wait_procs(processes, timeout=120)
     assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -297,17 +298,19 @@ async def test_hub_refuses_wrong_order_and_missing_chunks(serving: Serving, base
 async def test_chunks_outlive_whoever_put_them(serving: Serving, base_weights: Weights) -> None:
     @ray.remote(num_cpus=0.1)
     class Publisher:
-        def publish(self, hub: object, version: int, chunk: WeightChunk) -> None:
+        def publish(self, hub: object, version: int, chunk: WeightChunk) -> int:
             ray.get(hub.put_chunk.remote(version, 0, chunk))  # type: ignore[attr-defined]
+            return os.getpid()
 
     version = serving.version + 1
     (chunk,) = pack([("w", torch.arange(1 << 18, dtype=torch.float32))], 1 << 21)
     await serving.hub.begin.remote(version)
     publisher = Publisher.remote()
-    await publisher.publish.remote(serving.hub, version, chunk)
+    process = psutil.Process(await publisher.publish.remote(serving.hub, version, chunk))
     ray.kill(publisher)
+    assert psutil.wait_procs([process], timeout=120)[1] == []
     await serving.hub.commit.remote(version, "x", 1)
     serving.version = version
-    time.sleep(0.5)
+    time.sleep(0.5)  # for Ray to hear of it
     published = await serving.hub.current.remote()
     assert (await published.chunk_refs[0]).data.tobytes() == chunk.data.tobytes()

@@ -10,17 +10,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.actors.job_runs import PROMPTS, ROOT, SLOW, SMALL, manifest, sppo, train, wait_for
+from tests.actors.job_runs import LIMIT_S, PROMPTS, ROOT, SLOW, SMALL, manifest, sppo, train, wait_for
 
 KINDS = 8  # of processes
+CHAOS_LIMIT_S = 3 * LIMIT_S  # most of them take the whole run with them
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(LIMIT_S + CHAOS_LIMIT_S)
 def test_every_kind_is_killed_and_the_tables_and_weights_are_the_same(whole, tmp_path):
     chaos(tmp_path, "tiny_cpu", undisturbed=whole[0], seed=3, overrides=["learner.checkpoint_every=1"])
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(2 * LIMIT_S)
 def test_a_hub_that_dies_while_the_workers_start_is_started_again_with_them(tmp_path):
     sys.path.insert(0, str(ROOT / "scripts/bench"))
     import kills
@@ -37,7 +38,7 @@ def test_a_hub_that_dies_while_the_workers_start_is_started_again_with_them(tmp_
     assert "starting all actors again" in run.log.read_text()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(LIMIT_S + CHAOS_LIMIT_S)
 def test_async_every_kind_is_killed_and_the_bound_holds(tmp_path):
     """A publish and a checkpoint after every update, two ranks, groups up to two versions old."""
     overrides = [
@@ -45,7 +46,7 @@ def test_async_every_kind_is_killed_and_the_bound_holds(tmp_path):
     ]  # fmt: skip
     undisturbed = tmp_path / "undisturbed"
     process = sppo(*train(undisturbed, "tiny_cpu_async"), *overrides)
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, output
     chaos(tmp_path, "tiny_cpu_async", undisturbed, seed=4, overrides=overrides)
 
@@ -55,7 +56,7 @@ def chaos(out: Path, config: str, undisturbed: Path, seed: int, overrides: list[
         sys.executable, "scripts/bench/chaos.py", f"--kills={KINDS}", f"--seed={seed}", f"--out={out}",
         f"--config=configs/{config}.yaml", f"--undisturbed={undisturbed}", "--pause", "0.5", "2", *SMALL, *SLOW, *overrides,
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=CHAOS_LIMIT_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     for kind in ("rollout", "judge", "buffer", "weights", "learner", "controller", "driver", "power"):
         assert f"killed {kind}" in done.stderr

@@ -23,7 +23,7 @@ from sppo_ray.layout import Layout, RoleLayout
 from tests.actors import conftest, learner_factory
 from tests.actors.learner_factory import config_for, run_ranks, write_tiny_policy
 
-TIMEOUT_S = 40
+TIMEOUT_S = 60  # a rank that starts on a busy machine, imports and all, must not come near it
 ROLE = RoleLayout(1, 0, 0.1)
 LAYOUT = Layout(kind="cpu", rollout=ROLE, judge=ROLE, learner=RoleLayout(2, 0, 0.1), nodes=1)
 
@@ -40,7 +40,7 @@ def ray_here() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 async def test_a_rank_that_hangs_is_named_and_one_that_dies_is_replaced(ray_here: None, tmp_path: Path) -> None:
     policy, run_dir = tmp_path / "policy", tmp_path / "run"
     write_tiny_policy(policy)
@@ -64,7 +64,7 @@ async def test_a_rank_that_hangs_is_named_and_one_that_dies_is_replaced(ray_here
         await asyncio.sleep(0.01)
     await buffer.release.remote()  # rank 0 goes on, and waits for rank 1 in the publish
     await buffer.holds.remote()  # at step 3, after a restart at step 1
-    assert not stopped.is_running()
+    assert psutil.wait_procs([stopped], timeout=60)[1] == []
     said = (run_dir / "logs" / "learner.log").read_text()
     assert re.search(
         r"learner-1 did not reach step [12] \(it was last seen at step [01], [a-z ]+\) "  # its last word may be of before

@@ -10,10 +10,10 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from tests.actors.job_runs import ROOT, SLOW, SMALL
+from tests.actors.job_runs import LIMIT_S, ROOT, SLOW, SMALL
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(3 * LIMIT_S)
 def test_a_node_dies(whole, tmp_path):
     command = [sys.executable, "-m", "tests.faults.two_nodes", str(tmp_path / "run"), *SMALL, *SLOW]
     environ = os.environ | {
@@ -21,7 +21,7 @@ def test_a_node_dies(whole, tmp_path):
         "RAY_AUTH_TOKEN": "a-token-for-this-test-of-thirty-two-characters",
     }
     done = subprocess.run(
-        command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True, timeout=450, check=True
+        command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True, timeout=2 * LIMIT_S, check=True
     )  # fmt: skip
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["exit"] == 0, found["output"]

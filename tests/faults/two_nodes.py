@@ -14,7 +14,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
-from tests.actors.job_runs import ROOT, free_port, shards, wait_for
+from tests.actors.job_runs import LIMIT_S, ROOT, free_port, shards, wait_for
 
 
 def main() -> None:
@@ -27,12 +27,13 @@ def main() -> None:
         f"cluster.address={cluster.address}", "rollout.num_workers=2", "judge.num_workers=2", *overrides,
     ]  # fmt: skip
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    ray.init(cluster.address, namespace="watching")  # beforehand: the run may not be over when the node is killed
     wait_for(lambda: run.poll() is not None or shards(Path(run_dir), 1) >= 2)
-    ray.init(cluster.address, namespace="watching")
-    there = [actor.name for actor in list_actors(filters=[("node_id", "=", other.node_id), ("state", "=", "ALIVE")])]
+    on_the_other = [("node_id", "=", other.node_id), ("state", "=", "ALIVE")]
+    there = [actor.name for actor in list_actors(filters=on_the_other, timeout=120)]
     cluster.add_node(num_cpus=4)
     cluster.remove_node(other, allow_graceful=False)
-    output, _ = run.communicate(timeout=300)
+    output, _ = run.communicate(timeout=LIMIT_S)
     print(json.dumps({"exit": run.returncode, "killed": there, "output": output}))
     ray.shutdown()
     cluster.shutdown()

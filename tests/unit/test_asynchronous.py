@@ -157,7 +157,7 @@ async def test_a_learner_that_gives_up_ends_the_run_with_its_reason(tmp_path):
     fakes.learner.cancel()
     await fakes.buffer.give_up("learner-0: the loss is not finite")
     with pytest.raises(SppoError, match="not finite"):
-        await asyncio.wait_for(asynchronous.run(fakes.system, SLICES, fakes.config, fakes), timeout=10)
+        await asyncio.wait_for(asynchronous.run(fakes.system, SLICES, fakes.config, fakes), timeout=60)
 
 
 async def test_a_task_that_ends_early_is_named():
