@@ -6,7 +6,7 @@ The kills are spread over the work: sampling, training, publishing, evaluating.
 
 Kinds: rollout, judge, buffer, weights (the hub), learner (a rank), controller (of the learner), driver, power (everything at
 once). After driver and power the run is gone on with by `sppo train --resume run.dir=...`. Exit code 1 if a row is lost, doubled or
-different. A run that ends before all kills are done is begun again in another folder with the next seed.
+different. A run that ends before all kills are done is gone on with in another folder, with the kills that are left.
 """
 
 from __future__ import annotations
@@ -104,12 +104,12 @@ def main() -> None:
     work = Work(config, undisturbed)
 
     killed, verdicts, runs, seconds = Killed(starts=0), list[Verdict](), list[Path](), 0.0
-    while (left := options.kills - sum(killed.kinds.values())) > 0:
-        # Every kind before any comes again, in a new order each time.
-        kinds = [kind for _ in range(left) for kind in rng.sample(KINDS, len(KINDS))][:left]
+    # Every kind before any comes again, in a new order each time.
+    kinds = [kind for _ in range(options.kills) for kind in rng.sample(KINDS, len(KINDS))][: options.kills]
+    while left := kinds[killed.kinds.total() :]:
         folder = options.out / f"disturbed-{len(verdicts)}"
         started = time.monotonic()
-        done = disturb(Run(options.config, folder, options.overrides), kinds, rng, work, tuple(options.pause))
+        done = disturb(Run(options.config, folder, options.overrides), left, rng, work, tuple(options.pause))
         seconds += time.monotonic() - started
         killed += done
         runs.append(folder)
