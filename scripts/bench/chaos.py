@@ -6,7 +6,7 @@ The kills are spread over the work: sampling, training, publishing, evaluating.
 
 Kinds: rollout, judge, buffer, weights (the hub), learner (a rank), controller (of the learner), driver, power (everything at
 once). After driver and power the run is gone on with by `sppo train --resume run.dir=...`. Exit code 1 if a row is lost, doubled or
-different. A run that ends before all kills are done is gone on with in another folder, with the kills that are left.
+different. When a run ends before all kills are done, another one gets those that are left.
 """
 
 from __future__ import annotations
