@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -70,6 +71,13 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 def steps(run_dir: Path) -> int:
     """Updates on record, also while the run goes on: a line may be there by half."""
     return sum("step" in line for line in read_metrics(run_dir / "metrics.jsonl"))
+
+
+def unexplained(run_dir: Path) -> set[str]:
+    """Names in metrics.jsonl that docs/metrics.md does not explain."""
+    explained = re.findall(r"`([a-z_<>*]+)`", (ROOT / "docs/metrics.md").read_text())
+    pattern = "|".join(explained).replace("*", "(greedy|sampled)").replace("<s>", r"\d+")
+    return {name for line in metrics(run_dir) for name in line if not re.fullmatch(pattern, name)}
 
 
 def manifest(run_dir: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 
 from sppo_ray.metrics import read_metrics
 from sppo_ray.tables import CONSUMED
-from tests.actors.job_runs import LIMIT_S, ROOT, manifest, metrics, sppo, steps, train, wait_for
+from tests.actors.job_runs import LIMIT_S, ROOT, manifest, metrics, sppo, steps, train, unexplained, wait_for
 
 pytestmark = pytest.mark.timeout(2 * LIMIT_S)
 STEP_FIGURES = ("loss", "delta_w", "delta_l", "grad_norm", "learning_rate", "margin", "mean_length_w")
@@ -115,6 +115,10 @@ def test_steps_report_their_staleness(streamed):
         assert min(shares) <= line["loss"] + 1e-9 <= max(shares) + 2e-9
     # The first update compares pi_0 with what pi_0 recorded at sampling: the log-ratio is the engines' difference.
     assert abs(steps[0]["delta_w"]) < 1e-3
+
+
+def test_every_metric_is_explained(streamed):
+    assert not unexplained(streamed[0])
 
 
 def test_a_judge_joined_while_it_ran(streamed):

@@ -34,6 +34,7 @@ from tests.actors.job_runs import (
     shards,
     sppo,
     train,
+    unexplained,
     wait_for,
 )
 
@@ -75,6 +76,10 @@ def test_metrics(whole):
     for line in (steps[0], steps[3]):
         assert abs(line["delta_w"]) < 1e-4
         assert abs(line["delta_l"]) < 1e-4
+
+
+def test_every_metric_is_explained(whole):
+    assert not unexplained(whole[0])
 
 
 def test_train_table_agrees_with_the_raw_logits(whole):
