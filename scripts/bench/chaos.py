@@ -32,7 +32,7 @@ from sppo_ray.config_io import load_config
 from sppo_ray.run_dir import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
-CHECKPOINTS = "learner.checkpoint_every=2"
+CHECKPOINTS = "learner.checkpoint_every=4"  # as often as the async default publishes
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def main() -> None:
     plain_s = _seconds_of_undisturbed(options.config, undisturbed, options.overrides)
     work = Work(config, undisturbed)
 
-    killed, verdicts, runs, seconds = Killed(starts=0), list[Verdict](), list[Path](), 0.0
+    killed, verdicts, runs, seconds, empty = Killed(starts=0), list[Verdict](), list[Path](), 0.0, 0
     # Every kind before any comes again, in a new order each time.
     kinds = [kind for _ in range(options.kills) for kind in rng.sample(KINDS, len(KINDS))][: options.kills]
     while left := kinds[killed.kinds.total() :]:
@@ -114,8 +114,9 @@ def main() -> None:
         killed += done
         runs.append(folder)
         verdicts.append(compare(config, folder, undisturbed))
-        if not done.kinds:
-            sys.exit("the run ended before anything could be killed: make --pause shorter or the run longer")
+        empty = 0 if done.kinds else empty + 1
+        if empty == 3:
+            sys.exit("three runs ended before anything could be killed: make --pause shorter or the run longer")
     _show(killed, verdicts, seconds, plain_s, runs)
     sys.exit(0 if all(verdict.ok for verdict in verdicts) else 1)
 

@@ -31,7 +31,7 @@ TITLES = {
 }
 KINDS = (*TITLES, "driver", "power")
 LAST_KILL = 0.95  # of the work; later ones would often meet the end of the run
-LIMIT_S = 600  # for a run to have a victim of the kind that is due, and to end after the last kill
+LIMIT_S = 900  # for a run to have a victim of the kind that is due, and to end after the last kill
 
 
 @dataclass
