@@ -1,9 +1,9 @@
 """The learner's checkpoints within an iteration: its full state in safetensors, for any number of ranks at any ZeRO stage.
 
 Made inside Ray Train's ranks, which Ray Train starts again after a failure; but the files are the run directory's own
-(`<run>/checkpoints/learner/step-<n>`) and not given to `ray.train.report`: its controller would keep a list of them in a
-file of its own, which fails the run on a full disk, where ours waits, and whose entries must all exist, where ours sets
-damaged ones aside. Whoever starts a group of ranks, Ray Train or the next driver, finds the newest sound one there.
+(`<run>/checkpoints/learner/step-<n>`) and not given to `ray.train.report`. Ray Train's controller keeps its list of reported
+checkpoints in a file: a full disk fails the run where ours waits, and a checkpoint that is missing from the list's folder
+fails it where ours sets damaged ones aside. Whoever starts ranks, Ray Train or the next driver, takes the newest sound one.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ async def _train(config: Config, layout: Layout, checked: Preflight, console: Co
         await _alone()
         for found in await in_daemon_thread(partial(recover, config)):
             progress.alarm(found)
-        held = await in_daemon_thread(lambda: counts(config)["groups_judged"])
+        held = await in_daemon_thread(partial(groups_on_disk, config))
         progress.say("starting the workers")
         async with running(config, layout, checked.prompts.heldout, checked.prompts.slices) as now:
             tally = Tally(Path(config.run.dir), held)
@@ -163,11 +163,15 @@ async def _first_of(*coroutines: Coroutine[Any, Any, None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def groups_on_disk(config: Config) -> int:
+    ledger = Ledger(config)
+    return sum(ledger.groups(t) for t in range(1, config.schedule.iterations + 1))
+
+
 def counts(config: Config) -> dict[str, int]:
     """Totals over the iterations: groups on disk, and those of them that a saved policy was trained on."""
-    ledger = Ledger(config)
+    ledger, groups = Ledger(config), groups_on_disk(config)
     iterations = range(1, config.schedule.iterations + 1)
-    groups = sum(ledger.groups(t) for t in iterations)
     trained = sum(summary.examples for t in iterations if ledger.trained(t) and (summary := ledger.sealed(t)))
     again = max(0, read_manifest(ledger.root).get("groups_sampled", 0) - groups)
     return {

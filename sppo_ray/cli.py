@@ -173,7 +173,7 @@ def _train(config: Config, dry_run: bool) -> None:
     begun = time.monotonic()
     run_training(config, layout, checked, out)
     minutes, seconds = divmod(round(time.monotonic() - begun), 60)
-    out.print(f"done in {minutes} min {seconds} s", highlight=False)
+    out.print(f"this took {minutes} min {seconds} s", highlight=False)
     _show_result(root)
 
 

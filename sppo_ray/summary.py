@@ -29,10 +29,12 @@ def closing_table(metrics: Sequence[Mapping[str, Any]]) -> Table | None:
     lines = evaluations(metrics)
     if not lines:
         return None
-    table = Table(title=f"Held-out evaluation, {lines[0]['prompts']} prompts", caption="vs: win rates, ties count half")
+    table = Table(title=f"Held-out evaluation, {lines[0]['prompts']} prompts")
     table.add_column("policy")
     table.add_column("answers")
     columns = [column for column in COLUMNS if any(f"{column[0]}_{MODES[0]}" in line for line in lines)]
+    if any("_vs_" in key for key, _, _ in columns):
+        table.caption = "vs: win rates, ties count half"
     for _, heading, _ in columns:
         table.add_column(heading, justify="right")
     for line in lines:

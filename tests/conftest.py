@@ -14,8 +14,6 @@ from tests.actors.job_runs import LIMIT_S, PLANTED, sppo, train
 
 # Workers that Ray starts beforehand, one for each CPU, serve none of our actors, which have environments of their own.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-# As the runs themselves set it: objects that nobody holds are gone at once, and not at the next look, a second later.
-os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")
 
 # No time limit for an example: 0.2 s, the default, is less than a busy machine may hold anyone up.
 settings.register_profile("no deadline", settings(), deadline=None)

@@ -73,11 +73,36 @@ def steps(run_dir: Path) -> int:
     return sum("step" in line for line in read_metrics(run_dir / "metrics.jsonl"))
 
 
-def unexplained(run_dir: Path) -> set[str]:
-    """Names in metrics.jsonl that docs/metrics.md does not explain."""
-    explained = re.findall(r"`([a-z_<>*]+)`", (ROOT / "docs/metrics.md").read_text())
-    pattern = "|".join(explained).replace("*", "(greedy|sampled)").replace("<s>", r"\d+")
-    return {name for line in metrics(run_dir) for name in line if not re.fullmatch(pattern, name)}
+def metric_names(run_dir: Path) -> set[tuple[str, str]]:
+    """(event, name) of all that is in metrics.jsonl; the event of an update is "step"."""
+    found = set()
+    for line in metrics(run_dir):
+        event = line.pop("event", "step")
+        inner = [line.get("mismatch", {}), *(line["workers"].values() if event == "publish" else ())]
+        found |= {(event, name) for names in (line, *inner) for name in names}
+    return found
+
+
+def explained_metrics() -> dict[tuple[str, str], str]:
+    """(event, name) of all that docs/metrics.md explains, and the pattern that such names have."""
+    _, *sections = re.split(r"^## ", (ROOT / "docs/metrics.md").read_text(), flags=re.MULTILINE)
+    found = {}
+    for section in sections:
+        event = re.search(r"event: (\w+)", section)
+        for name in re.findall(r"`([a-z_<>*]+)`", section):
+            pattern = name.replace("*", "(greedy|sampled)").replace("<s>", r"\d+")
+            found[event[1] if event else "step", name] = pattern
+    return found
+
+
+def unexplained(run_dir: Path) -> set[tuple[str, str]]:
+    """What of a run's metrics docs/metrics.md does not explain."""
+    explained = explained_metrics().items()
+    return {
+        (event, name)
+        for event, name in metric_names(run_dir)
+        if not any(of == event and re.fullmatch(pattern, name) for (of, _), pattern in explained)
+    }
 
 
 def manifest(run_dir: Path) -> dict[str, Any]:

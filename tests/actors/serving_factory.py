@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayActorError
 
 from actors.pool import RolloutPool
 from actors.process import environment
@@ -28,6 +31,14 @@ def start_worker(name: str, config: Config, folder: Path, version: int, **env: s
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), **environment(gpus=False, threads=1), **env}},
     )
     return actor.remote(name, config, str(folder), version, NAME)
+
+
+async def dead(actor: Any) -> None:
+    """Returns when Ray knows that a killed actor is no more: for a moment it may still answer."""
+    async with asyncio.timeout(60):
+        with suppress(RayActorError):
+            while True:
+                await actor.__ray_ready__.remote()
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -12,7 +13,19 @@ import pytest
 
 from sppo_ray.metrics import read_metrics
 from sppo_ray.tables import CONSUMED
-from tests.actors.job_runs import LIMIT_S, ROOT, manifest, metrics, sppo, steps, train, unexplained, wait_for
+from tests.actors.job_runs import (
+    LIMIT_S,
+    ROOT,
+    explained_metrics,
+    manifest,
+    metric_names,
+    metrics,
+    sppo,
+    steps,
+    train,
+    unexplained,
+    wait_for,
+)
 
 pytestmark = pytest.mark.timeout(2 * LIMIT_S)
 STEP_FIGURES = ("loss", "delta_w", "delta_l", "grad_norm", "learning_rate", "margin", "mean_length_w")
@@ -39,7 +52,7 @@ def test_at_zero_staleness_it_equals_sync_to_the_last_bit(whole, tmp_path):
     assert {(line["staleness_mean"], line["staleness_max"]) for line in ours} == {(0, 0)}
 
 
-def the_learner_s_rank(driver: int) -> psutil.Process:
+def learner_rank(driver: int) -> psutil.Process:
     found = []
     for process in psutil.Process(driver).children(recursive=True):
         with suppress(psutil.Error):  # it ended meanwhile
@@ -60,20 +73,30 @@ def streamed(tmp_path_factory):
     slow = ("rollout.in_flight=1", "buffer.flush_s=0.4")  # time enough to stop the learner in the middle
     faster = ("learner.epochs=2", "weights.publish_every=1", "rollout.num_workers=2")
     process = sppo(*train(run_dir, "tiny_cpu_async"), *faster, *slow)
-    wait_for(lambda: steps(run_dir) or process.poll() is not None)
-    assert process.poll() is None, process.communicate()[0]
+    try:
+        wait_for(lambda: steps(run_dir) or process.poll() is not None)
+        assert process.poll() is None, process.communicate()[0]
+        scaled = scale_while_it_waits(process, run_dir)
+        output, _ = process.communicate(timeout=LIMIT_S)
+    finally:
+        process.kill()
+    assert scaled.returncode == 0, scaled.stdout + scaled.stderr
+    assert process.returncode == 0, output
+    return run_dir, output
+
+
+def scale_while_it_waits(process, run_dir):
+    """The learner stands still until the new judge serves: without it the run cannot come to its end before."""
     scale = [sys.executable, "-m", "sppo_ray", "scale", "--run", str(run_dir), "judge=+1"]
-    rank = the_learner_s_rank(process.pid)
-    rank.suspend()  # for as long as it takes the newcomer to start: without the learner the run cannot come to its end
+    rank = learner_rank(process.pid)
+    rank.suspend()
     try:
         scaled = subprocess.run(scale, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
         wait_for(lambda: joined(run_dir) or scaled.returncode or process.poll() is not None)
     finally:
-        rank.resume()
-    output, _ = process.communicate(timeout=LIMIT_S)
-    assert scaled.returncode == 0, scaled.stdout + scaled.stderr
-    assert process.returncode == 0, output
-    return run_dir, output
+        with suppress(psutil.NoSuchProcess):
+            rank.resume()
+    return scaled
 
 
 def test_every_prompt_is_trained_once_per_epoch_within_the_bound(streamed):
@@ -85,7 +108,7 @@ def test_every_prompt_is_trained_once_per_epoch_within_the_bound(streamed):
         assert len({(row["prompt_id"], row["epoch"]) for row in rows}) == 48
         stale += [row["consumed_version"] - row["policy_version"] for row in rows]
         assert {field.name for field in CONSUMED} <= rows[0].keys()
-    assert set(stale) == {0, 1}  # within the bound, and really at once: some groups outlived a publish
+    assert set(stale) == {0, 1}  # within the bound, and at once: some groups outlived a publish
     assert manifest(run_dir)["groups_trained"] == 96
 
 
@@ -117,8 +140,11 @@ def test_steps_report_their_staleness(streamed):
     assert abs(steps[0]["delta_w"]) < 1e-3
 
 
-def test_every_metric_is_explained(streamed):
+def test_every_metric_is_explained_and_there_is_none_but_these(whole, streamed):
     assert not unexplained(streamed[0])
+    written = metric_names(whole[0]) | metric_names(streamed[0])
+    for (event, name), pattern in explained_metrics().items():
+        assert any(of == event and re.fullmatch(pattern, other) for of, other in written), name
 
 
 def test_a_judge_joined_while_it_ran(streamed):

@@ -44,11 +44,10 @@ pytestmark = pytest.mark.timeout(2 * LIMIT_S)  # the undisturbed run may be made
 def test_the_run_directory_is_complete(whole):
     run_dir, output = whole
     assert "Held-out evaluation, 6 prompts" in output
-    assert re.search(r"^done in \d+ min \d+ s$", output, re.MULTILINE)
     assert str(run_dir) in output
-    # The packages' chatter is in the log files. Of our own lines these come every ten seconds, however long the run is.
-    lines = [line for line in output.splitlines() if not re.match(r"  (sampled|trained) \d", line)]
-    assert len(lines) < 60, output
+    minutes, seconds = map(int, re.search(r"^this took (\d+) min (\d+) s$", output, re.MULTILINE).groups())
+    # The packages' chatter is in the log files; our own progress is a line every ten seconds.
+    assert len(output.splitlines()) < 60 + (60 * minutes + seconds) / 10, output
     for name in ("rollout-0", "judge-0", "buffer", "learner-0"):
         assert (run_dir / "logs" / f"{name}.log").stat().st_size > 0
     record = manifest(run_dir)
@@ -186,7 +185,7 @@ def interrupted(whole, tmp_path_factory) -> Path:
     assert process.poll() is None, process.communicate()[0]
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=LIMIT_S)
+    output, _ = process.communicate(timeout=180)
     assert process.returncode == 1, output
     assert "goes on where the run stopped" in output
     _, alive = psutil.wait_procs(family, timeout=120)
@@ -211,7 +210,7 @@ def test_a_stopped_job_leaves_no_actor_and_a_resumable_run(interrupted, head):
     wait_for(lambda: "rollout-0" in head.alive())
     assert head.job("stop", "to-stop").returncode == 0
     ours = {"rollout-0", "judge-0", "learner", "buffer", "weights"}
-    wait_for(lambda: not ours & head.alive())
+    wait_for(lambda: not ours & head.alive(), timeout=180)
     assert manifest(interrupted)["status"] == "interrupted"
 
 

@@ -13,10 +13,10 @@ import pytest
 from tests.actors.job_runs import LIMIT_S, PROMPTS, ROOT, SLOW, SMALL, manifest, sppo, train, wait_for
 
 KINDS = 8  # of processes
-CHAOS_LIMIT_S = 3 * LIMIT_S  # most of them take the whole run with them
+CHAOS_LIMIT_S = 3 * LIMIT_S  # after most kills all actors start again
 
 
-@pytest.mark.timeout(LIMIT_S + CHAOS_LIMIT_S)
+@pytest.mark.timeout(LIMIT_S + CHAOS_LIMIT_S + 60)
 def test_every_kind_is_killed_and_the_tables_and_weights_are_the_same(whole, tmp_path):
     chaos(tmp_path, "tiny_cpu", undisturbed=whole[0], seed=3, overrides=["learner.checkpoint_every=1"])
 
@@ -38,7 +38,7 @@ def test_a_hub_that_dies_while_the_workers_start_is_started_again_with_them(tmp_
     assert "starting all actors again" in run.log.read_text()
 
 
-@pytest.mark.timeout(LIMIT_S + CHAOS_LIMIT_S)
+@pytest.mark.timeout(LIMIT_S + CHAOS_LIMIT_S + 60)
 def test_async_every_kind_is_killed_and_the_bound_holds(tmp_path):
     """A publish and a checkpoint after every update, two ranks, groups up to two versions old."""
     overrides = [
@@ -63,3 +63,4 @@ def chaos(out: Path, config: str, undisturbed: Path, seed: int, overrides: list[
     found = [manifest(folder) for folder in out.glob("disturbed-*") if folder.is_dir()]
     assert sum(run["restarts"]["run"] for run in found) >= 2  # by driver and power at least
     assert all(run["groups_generated"] == run["groups_trained"] == 2 * PROMPTS for run in found)
+    assert all(run["groups_sampled"] >= run["groups_generated"] for run in found)

@@ -17,6 +17,8 @@ from typing import Any
 # Ray reads the mode when it is imported.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+# As the runs themselves set it: objects that nobody holds are gone at once, and not at the next look, a second later.
+os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")
 
 import pytest
 import ray

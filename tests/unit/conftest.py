@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from actors import revival
-
 sys.path.insert(0, str(Path(__file__).parent))  # the factories beside the tests
 
 
@@ -23,6 +21,6 @@ def dumped(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
         await asyncio.sleep(3)
         return Path(run_dir) / f"{name}.stacks.txt"
 
-    monkeypatch.setattr(revival, "dump", dump)
-    monkeypatch.setattr(revival.ray, "kill", lambda actor: actor.die("killed by ray.kill"))
+    monkeypatch.setattr("actors.revival.dump", dump)
+    monkeypatch.setattr("actors.revival.ray.kill", lambda actor: actor.die("killed by ray.kill"))
     return taken

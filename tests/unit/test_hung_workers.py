@@ -64,7 +64,7 @@ def test_hanging_is_the_first_cause_that_is_named() -> None:
     run_virtual(job())
 
 
-def test_a_worker_that_takes_new_weights_does_not_hang(dumped: list[tuple[str, float]]) -> None:
+def test_a_worker_that_takes_new_weights_does_not_hang() -> None:
     async def slow(actor: Actor, *_: Any) -> float:
         await asyncio.sleep(150)
         return now()
