@@ -29,13 +29,14 @@ class JudgeWorker:
     """Create with `ray.remote(JudgeWorker).options(…)`; on a GPU if Ray assigned one."""
 
     def __init__(self, name: str, config: Config) -> None:
-        redirect_output(config.run.dir, name)
-        torch.set_num_threads(config.cluster.threads)
-        self.name = name
-        self._templated = config.judge.source == "templated"
+        # First what __repr__ reads: Ray asks for it also when this fails, and would report that failure in its place.
         # Ray shows an actor only the GPUs it was given, so the first visible one is ours. A machine may also pretend to
         # have GPUs (`ray start --num-gpus`), hence the second question.
+        self.name = name
         self._device = "cuda:0" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
+        redirect_output(config.run.dir, name)
+        torch.set_num_threads(config.cluster.threads)
+        self._templated = config.judge.source == "templated"
         self._groups = 0
         self._pairrm = load_pairrm(
             config.judge.model,

@@ -179,8 +179,8 @@ class LearnerActor:
 
     def __init__(self, config: Config, layout: Layout, buffer: Any, hub: Any) -> None:
         """buffer, hub: actor handles."""
-        redirect_output(config.run.dir, NAME)
         self._ranks = f"{layout.learner.workers} ranks on {'gpu' if layout.learner.gpus else 'cpu'}"
+        redirect_output(config.run.dir, NAME)
         self._watchman = Watchman(config.learner.timeout_s, config.run.dir)
         # Ray Train ends ranks that do not answer, but names none: not before the watchman has.
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.learner.timeout_s + COLLECTIVE_GRACE_S)

@@ -38,14 +38,15 @@ class RolloutWorker:
     from the same arguments, and must never serve the weights that the run began with."""
 
     def __init__(self, name: str, config: Config, model_path: str, version: int, hub: str) -> None:
+        # First what __repr__ reads: Ray asks for it also when this fails, and would report that failure in its place.
+        gpus = ray.get_gpu_ids()
+        self.name, self._device = name, f"gpu {','.join(map(str, gpus))}" if gpus else "cpu"
+        self._first_version = version
         redirect_output(config.run.dir, name)
         from actors.engines import start_engine  # vllm: seconds to import, and its log belongs into the redirected file
 
-        self.name = name
         self._hub = ray.get_actor(hub)
         self._config = config
-        gpus = ray.get_gpu_ids()
-        self._device = f"gpu {','.join(map(str, gpus))}" if gpus else "cpu"
         newer = self._newer_than(version)
         self._first_version = version if newer is None else newer.version
         self._checksum: str | None = None  # of the weights loaded from the hub; None for the model folder

@@ -36,6 +36,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 SECTIONS_MAY_CHANGE = ("cluster", "weights", "buffer")
 MUST_STAY = ("weights.publish_every",)  # versions are counted by it
+COUNTS = ("restarts", "groups_sampled", "updates_repeated")  # over all attempts at a run
 PACKAGES = (
     "ray",
     "torch",
@@ -92,8 +93,8 @@ def claimed(config: Config, facts: dict[str, Any]) -> Iterator[None]:
 
 
 def claim(config: Config, facts: dict[str, Any]) -> None:
-    """Write config.yaml and manifest.json; a run that goes on keeps its first start and gets the new config. Raises
-    StorageError."""
+    """Write config.yaml and manifest.json; a run that goes on keeps its first start and its counts, and gets the new config.
+    Raises StorageError."""
     root, storage = Path(config.run.dir), Storage(config.run.storage_patience_s)
     storage.patiently("the config", root / "config.yaml", lambda: _write_config(config))
     manifest = {
@@ -108,7 +109,8 @@ def claim(config: Config, facts: dict[str, Any]) -> None:
         **facts,
     }
     if previous := read_manifest(root):
-        manifest |= {"started": previous["started"], "resumed": [*previous.get("resumed", []), _now()]}
+        kept = {key: previous[key] for key in ("started", *COUNTS) if key in previous}
+        manifest |= kept | {"resumed": [*previous.get("resumed", []), _now()]}
     path = root / "manifest.json"
     storage.patiently("the manifest", path, lambda: write_json(path, hidden(manifest)))
     (root / "scale.json").unlink(missing_ok=True)  # a run that goes on begins with the workers its config says

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.judge import JudgeWorker
 from actors.pool import JudgePool, RolloutPool
+from actors.rollout import RolloutWorker
 from sppo_ray.errors import GroupAborted, WorkerFailed
 from sppo_ray.types import Prompt, Receipt, ResponseGroup, Sampling
 
@@ -174,6 +175,19 @@ async def test_a_worker_keeps_or_aborts_groups_as_configured(
     assert whole[-1].prompt.prompt_id == prompts[11].prompt_id  # the protected one, last in the queue
     for worker in workers.values():
         ray.kill(worker)
+
+
+async def test_what_stops_a_worker_at_its_start_is_what_the_run_reports(base: Serving) -> None:
+    policy = base.config.policy.model
+    orphan = ray.remote(RolloutWorker).options(num_cpus=0.1).remote("orphan", base.config, policy, 0, "no such hub")
+    homeless_config = base.config.model_copy(update={"run": base.config.run.model_copy(update={"dir": "/proc/none"})})
+    homeless = ray.remote(JudgeWorker).options(num_cpus=0.1).remote("homeless", homeless_config)
+    with pytest.raises(
+        WorkerFailed, match=r"^orphan: could not start: ValueError: Failed to look up actor with name 'no such hub'"
+    ):
+        await RolloutPool(base.config, {"orphan": orphan}, base.hub).ready()
+    with pytest.raises(WorkerFailed, match=r"^homeless: could not start: FileNotFoundError: .*/proc/none"):
+        await JudgePool(base.config, {"homeless": homeless}).ready()
 
 
 async def test_reference_seeds_are_requests_of_their_own(base: Serving, prompts: list[Prompt]) -> None:

@@ -19,6 +19,7 @@ from sppo_ray.errors import ConfigError
 from sppo_ray.metrics import MetricsLog, read_metrics
 from sppo_ray.run_dir import check_run_dir, claim, claimed, read_manifest, update_manifest
 from sppo_ray.storage import Storage, StorageError
+from sppo_ray.types import Look
 
 
 def test_a_claimed_directory_takes_the_same_config_again(tmp_path):
@@ -150,10 +151,23 @@ def test_what_is_on_disk_was_sampled(tmp_path, written, held, expected):
     """A driver that was killed has not always written its counts."""
     claim(config(tmp_path), {})
     update_manifest(tmp_path, **{} if written is None else {"groups_sampled": written})
+    claim(config(tmp_path), {})
     now = SimpleNamespace(rollout=SimpleNamespace(restarts=1), judge=SimpleNamespace(restarts=0))
     Tally(tmp_path, held).keep(now, SimpleNamespace(groups=2))
     assert read_manifest(tmp_path)["groups_sampled"] == expected
-    assert read_manifest(tmp_path)["restarts"] == {"rollout": 1, "judge": 0, "learner": 0, "run": 0}
+    assert read_manifest(tmp_path)["restarts"] == {"rollout": 1, "judge": 0, "learner": 0, "run": 1}
+
+
+def test_counts_go_on_over_all_attempts(tmp_path):
+    progress = SimpleNamespace(groups=5)
+    for attempt in range(1, 4):
+        claim(config(tmp_path), {})
+        tally = Tally(tmp_path, held=0)
+        tally.seen = Look({}, "", learner_restarts=1, updates_repeated=2)
+        tally.keep(SimpleNamespace(rollout=SimpleNamespace(restarts=1), judge=SimpleNamespace(restarts=3)), progress)
+        found = read_manifest(tmp_path)
+        assert found["restarts"] == {"rollout": attempt, "judge": 3 * attempt, "learner": attempt, "run": attempt - 1}
+        assert (found["groups_sampled"], found["updates_repeated"]) == (5 * attempt, 2 * attempt)
 
 
 def test_metrics_hold_each_step_once(tmp_path):
