@@ -93,8 +93,17 @@ def prompts(policy: Path) -> list[Prompt]:
 
 
 @pytest.fixture(scope="session")
-def serving(ray_local: None, actor_config: Config, policy: Path) -> Serving:
+def started(ray_local: None, actor_config: Config, policy: Path) -> Serving:
     hub = ray.remote(WeightsHub).options(name=NAME, num_cpus=0).remote(actor_config)
     workers = {name: start_worker(name, actor_config, policy, 0) for name in ("rollout-0", "rollout-1")}
     ray.get([worker.ping.remote() for worker in workers.values()])
     return Serving(actor_config, hub, workers)
+
+
+@pytest.fixture
+async def serving(started: Serving, base_weights: dict[str, torch.Tensor]) -> Serving:
+    """Both workers serve the embedded policy, whichever tests ran before."""
+    if started.version:
+        started.publish(base_weights)
+        await started.pool().load(started.version)
+    return started

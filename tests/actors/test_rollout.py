@@ -54,36 +54,27 @@ def tokens(group: ResponseGroup) -> list[tuple[list[int], float, str]]:
     return [(r.token_ids.tolist(), r.logprob, r.text) for r in group.responses]
 
 
-@pytest.fixture
-async def base(serving: Serving, base_weights: dict[str, torch.Tensor]) -> Serving:
-    """Both workers serve the embedded policy, whichever tests ran before."""
-    if serving.version:
-        serving.publish(base_weights)
-        await serving.pool().load(serving.version)
-    return serving
-
-
-async def test_workers_and_order_do_not_change_the_samples(base: Serving, prompts: list[Prompt]) -> None:
-    one = await groups(base.pool("rollout-0"), prompts, list(range(len(prompts))))
-    two = await groups(base.pool(), prompts, list(reversed(range(len(prompts)))))
-    alone = await (await base.pool("rollout-1").generate(prompts[3], sampled(3), 1)).ref
+async def test_workers_and_order_do_not_change_the_samples(serving: Serving, prompts: list[Prompt]) -> None:
+    one = await groups(serving.pool("rollout-0"), prompts, list(range(len(prompts))))
+    two = await groups(serving.pool(), prompts, list(reversed(range(len(prompts)))))
+    alone = await (await serving.pool("rollout-1").generate(prompts[3], sampled(3), 1)).ref
     assert [tokens(group) for group in one] == [tokens(group) for group in two]
     assert tokens(alone) == tokens(one[3])
     assert {group.worker for group in two} == {"rollout-0", "rollout-1"}  # the load was shared
 
 
-async def test_group_and_receipt(base: Serving, prompts: list[Prompt], policy: Path) -> None:
+async def test_group_and_receipt(serving: Serving, prompts: list[Prompt], policy: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(policy)
     (second,) = tokenizer.encode(" because", add_special_tokens=False)
-    pool = base.pool()
+    pool = serving.pool()
     handles = await asyncio.gather(*(pool.generate(p, sampled(i), 7) for i, p in enumerate(prompts)))
-    group, receipt = await generate(base.workers["rollout-0"], prompts[0], GREEDY, 7, 2)
+    group, receipt = await generate(serving.workers["rollout-0"], prompts[0], GREEDY, 7, 2)
     assert (group.iteration, group.epoch) == (receipt.iteration, receipt.epoch) == (7, 2)
     last_tokens = set()
     for i, handle in enumerate(handles):
         group = await handle.ref
         assert (group.prompt.prompt_id, group.iteration) == (prompts[i].prompt_id, 7)
-        assert group.version_start == group.version_end == base.version == handle.receipt.version
+        assert group.version_start == group.version_end == serving.version == handle.receipt.version
         assert [r.seed for r in group.responses] == list(sampled(i).seeds)
         assert handle.receipt.tokens == sum(len(r.token_ids) for r in group.responses)
         assert handle.receipt.truncated == sum(r.finish_reason == "length" for r in group.responses)
@@ -102,11 +93,11 @@ async def test_group_and_receipt(base: Serving, prompts: list[Prompt], policy: P
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 0.8), (1.3, 1.0)])
 async def test_recorded_logprobs_are_of_the_full_softmax_at_temperature_one(
-    base: Serving, prompts: list[Prompt], policy: Path, temperature: float, top_p: float
+    serving: Serving, prompts: list[Prompt], policy: Path, temperature: float, top_p: float
 ) -> None:
     """Token by token against transformers, and the worker's teacher-forced score of the same response too."""
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
-    worker = base.workers["rollout-0"]
+    worker = serving.workers["rollout-0"]
     for prompt in prompts[:4]:
         group, _ = await generate(worker, prompt, Sampling(temperature, top_p, 48, (0, 1, 2)))
         for response in group.responses:
@@ -123,18 +114,18 @@ async def test_recorded_logprobs_are_of_the_full_softmax_at_temperature_one(
 
 
 async def test_a_worker_keeps_or_aborts_groups_as_configured(
-    base: Serving, base_weights: dict[str, torch.Tensor], prompts: list[Prompt], policy: Path
+    serving: Serving, base_weights: dict[str, torch.Tensor], prompts: list[Prompt], policy: Path
 ) -> None:
     """New weights arrive while the first of many groups is done and most still wait in vLLM."""
     workers = {}
     for pause in ("keep", "abort"):
-        rollout = base.config.rollout.model_copy(update={"max_num_seqs": 4})
-        weights = base.config.weights.model_copy(update={"pause": pause})
-        config = base.config.model_copy(update={"rollout": rollout, "weights": weights})
+        rollout = serving.config.rollout.model_copy(update={"max_num_seqs": 4})
+        weights = serving.config.weights.model_copy(update={"pause": pause})
+        config = serving.config.model_copy(update={"rollout": rollout, "weights": weights})
         workers[pause] = start_worker(f"rollout-{pause}", config, policy, 0)
     await asyncio.gather(*(worker.ping.remote() for worker in workers.values()))
-    old = base.version
-    base.publish({name: weight + 0.01 for name, weight in base_weights.items()})
+    old = serving.version
+    serving.publish({name: weight + 0.01 for name, weight in base_weights.items()})
 
     async def update_in_the_middle(pause: str) -> list[tuple[ResponseGroup, Receipt] | BaseException]:
         worker = workers[pause]
@@ -143,7 +134,7 @@ async def test_a_worker_keeps_or_aborts_groups_as_configured(
             for i, p in enumerate(prompts)
         ]
         await asyncio.wait(groups, return_when=asyncio.FIRST_COMPLETED)
-        await worker.load.remote(base.version)
+        await worker.load.remote(serving.version)
         return await asyncio.gather(*groups, return_exceptions=True)
 
     kept = await update_in_the_middle("keep")
@@ -156,10 +147,10 @@ async def test_a_worker_keeps_or_aborts_groups_as_configured(
             assert all(response.token_versions is None for response in group.responses)
             continue
         mixed += 1
-        assert (group.version_start, group.version_end) == (old, base.version)
+        assert (group.version_start, group.version_end) == (old, serving.version)
         every = [response.token_versions for response in group.responses]
         assert [len(v) for v in every] == [len(response.token_ids) for response in group.responses]
-        assert {int(v) for v in np.concatenate(every)} == {old, base.version}
+        assert {int(v) for v in np.concatenate(every)} == {old, serving.version}
     assert mixed >= 1
 
     aborted = await update_in_the_middle("abort")
@@ -170,29 +161,34 @@ async def test_a_worker_keeps_or_aborts_groups_as_configured(
         assert f"rollout-abort: prompt {prompts[i].prompt_id!r}" in str(error)
     whole = [result[0] for result in aborted if not isinstance(result, BaseException)]
     # Done before the update or protected from it; or still waiting for a place in the engine, and sampled from the new weights.
-    assert {(group.version_start, group.version_end) for group in whole} <= {(old, old), (base.version, base.version)}
+    assert {(group.version_start, group.version_end) for group in whole} <= {
+        (old, old),
+        (serving.version, serving.version),
+    }
     assert 11 not in {i for i, _ in errors}  # the protected one
     assert whole[-1].prompt.prompt_id == prompts[11].prompt_id  # the protected one, last in the queue
     for worker in workers.values():
         ray.kill(worker)
 
 
-async def test_what_stops_a_worker_at_its_start_is_what_the_run_reports(base: Serving) -> None:
-    policy = base.config.policy.model
-    orphan = ray.remote(RolloutWorker).options(num_cpus=0.1).remote("orphan", base.config, policy, 0, "no such hub")
-    homeless_config = base.config.model_copy(update={"run": base.config.run.model_copy(update={"dir": "/proc/none"})})
+async def test_what_stops_a_worker_at_its_start_is_what_the_run_reports(serving: Serving) -> None:
+    policy = serving.config.policy.model
+    orphan = ray.remote(RolloutWorker).options(num_cpus=0.1).remote("orphan", serving.config, policy, 0, "no such hub")
+    homeless_config = serving.config.model_copy(
+        update={"run": serving.config.run.model_copy(update={"dir": "/proc/none"})}
+    )
     homeless = ray.remote(JudgeWorker).options(num_cpus=0.1).remote("homeless", homeless_config)
     with pytest.raises(
         WorkerFailed, match=r"^orphan: could not start: ValueError: Failed to look up actor with name 'no such hub'"
     ):
-        await RolloutPool(base.config, {"orphan": orphan}, base.hub).ready()
+        await RolloutPool(serving.config, {"orphan": orphan}, serving.hub).ready()
     with pytest.raises(WorkerFailed, match=r"^homeless: could not start: FileNotFoundError: .*/proc/none"):
-        await JudgePool(base.config, {"homeless": homeless}).ready()
+        await JudgePool(serving.config, {"homeless": homeless}).ready()
 
 
-async def test_reference_seeds_are_requests_of_their_own(base: Serving, prompts: list[Prompt]) -> None:
+async def test_reference_seeds_are_requests_of_their_own(serving: Serving, prompts: list[Prompt]) -> None:
     async def sample(*seeds: int) -> list[list[int]]:
-        group = await (await base.pool("rollout-0").generate(prompts[0], Sampling(1.0, 1.0, 48, seeds), 1)).ref
+        group = await (await serving.pool("rollout-0").generate(prompts[0], Sampling(1.0, 1.0, 48, seeds), 1)).ref
         assert [r.seed for r in group.responses] == list(seeds)
         return [r.token_ids.tolist() for r in group.responses]
 
@@ -204,27 +200,27 @@ async def test_reference_seeds_are_requests_of_their_own(base: Serving, prompts:
     assert consecutive[1:2] == await sample(1)
 
 
-async def test_what_the_engine_refuses_names_the_worker(base: Serving, prompts: list[Prompt]) -> None:
+async def test_what_the_engine_refuses_names_the_worker(serving: Serving, prompts: list[Prompt]) -> None:
     too_long = Prompt("long", "", "", np.full(400, 5, dtype=np.int32))
     with pytest.raises(WorkerFailed, match=r"^rollout-0: .*maximum context length is 256"):
-        await base.pool("rollout-0").generate(too_long, GREEDY, 1)
+        await serving.pool("rollout-0").generate(too_long, GREEDY, 1)
     with pytest.raises(WorkerFailed, match=r"^rollout-0: ValueError: greedy .* 2 seeds"):
-        await base.pool("rollout-0").generate(prompts[0], Sampling(0.0, 1.0, 8, (0, 1)), 1)
-    assert (await base.pool("rollout-0").generate(prompts[0], GREEDY, 1)).receipt.tokens > 0  # and goes on
+        await serving.pool("rollout-0").generate(prompts[0], Sampling(0.0, 1.0, 8, (0, 1)), 1)
+    assert (await serving.pool("rollout-0").generate(prompts[0], GREEDY, 1)).receipt.tokens > 0  # and goes on
 
 
-async def test_groups_go_from_rollout_to_judge(base: Serving, prompts: list[Prompt]) -> None:
+async def test_groups_go_from_rollout_to_judge(serving: Serving, prompts: list[Prompt]) -> None:
     """And judges that are stopped or killed are replaced, with the same bits."""
-    section = base.config.judge.model_copy(update={"timeout_s": 10.0})  # a group takes milliseconds
-    restarts = base.config.cluster.model_copy(update={"max_restarts": 1})
-    config = base.config.model_copy(update={"judge": section, "cluster": restarts})
+    section = serving.config.judge.model_copy(update={"timeout_s": 10.0})  # a group takes milliseconds
+    restarts = serving.config.cluster.model_copy(update={"max_restarts": 1})
+    config = serving.config.model_copy(update={"judge": section, "cluster": restarts})
 
     def create(name: str) -> Any:
         return ray.remote(JudgeWorker).options(name=name, num_cpus=0.1).remote(name, config)
 
     names = ("judge-0", "judge-1")
     judges = {name: create(name) for name in names}
-    pool, rollout = JudgePool(config, judges), base.pool()
+    pool, rollout = JudgePool(config, judges), serving.pool()
     await pool.ready()
     groups = await asyncio.gather(*(rollout.generate(p, sampled(i), 1) for i, p in enumerate(prompts)))
     judged = await asyncio.gather(*(pool.judge(group) for group in groups))
@@ -256,15 +252,17 @@ async def test_groups_go_from_rollout_to_judge(base: Serving, prompts: list[Prom
 
 
 async def test_a_worker_whose_engine_core_is_killed_is_replaced(
-    base: Serving, prompts: list[Prompt], policy: Path
+    serving: Serving, prompts: list[Prompt], policy: Path
 ) -> None:
     """AsyncLLM, as on GPUs: the actor lives on without its engine, and must end itself."""
-    config = base.config.model_copy(update={"rollout": base.config.rollout.model_copy(update={"engine": "async"})})
+    config = serving.config.model_copy(
+        update={"rollout": serving.config.rollout.model_copy(update={"engine": "async"})}
+    )
 
     def create(name: str) -> Any:
-        return start_worker(name, config, policy, base.version, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+        return start_worker(name, config, policy, serving.version, VLLM_ENABLE_V1_MULTIPROCESSING="1")
 
-    pool = RolloutPool(config, {"rollout-async": create("rollout-async")}, base.hub, create=create)
+    pool = RolloutPool(config, {"rollout-async": create("rollout-async")}, serving.hub, create=create)
     before = await groups(pool, prompts, list(range(len(prompts))))
     pid = (await pool.stats())["rollout-async"]["pid"]
     cores = [p for p in psutil.Process(pid).children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]

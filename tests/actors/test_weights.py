@@ -83,9 +83,7 @@ async def assert_no_process_is_left(worker: object) -> None:
 async def test_damaged_weights_are_refused_and_the_worker_serves_on(
     serving: Serving, base_weights: Weights, prompts: list[Prompt]
 ) -> None:
-    serving.publish(base_weights)
     pool = serving.pool()
-    await pool.load(serving.version)
     before, served = await greedy(pool, prompts), serving.version
     serving.publish(changed(base_weights, 2), damage=True)
     with pytest.raises(WeightSyncError, match=r"rollout-0: .*checksum.*rollout-1: .*checksum"):
@@ -102,8 +100,6 @@ async def test_incomplete_weights_are_refused_until_complete_ones_come(
 ) -> None:
     """A publish that lacks a layer has a right checksum; only the engine can see it, when it has taken the rest."""
     pool = serving.pool("rollout-0")
-    serving.publish(base_weights)
-    await pool.load(serving.version)
     before = await greedy(pool, prompts)
     serving.publish({n: w for n, w in changed(base_weights, 3).items() if "layers.2." not in n})
     with pytest.raises(WeightSyncError, match=r"rollout-0: .*hold nothing for .*model\.layers\.2"):
@@ -119,8 +115,6 @@ async def test_a_load_waits_for_running_groups_and_later_ones_see_the_new_weight
     serving: Serving, base_weights: Weights, prompts: list[Prompt]
 ) -> None:
     pool = serving.pool("rollout-0")
-    serving.publish(base_weights)
-    await pool.load(serving.version)
     old = serving.version
     early = [asyncio.create_task(pool.generate(p, Sampling(1.0, 1.0, 100, (0, 50, 100)), 1)) for p in prompts]
     await asyncio.sleep(0.1)
@@ -251,8 +245,6 @@ async def test_a_broadcast_that_fails_is_not_repeated_and_pulling_heals(
 ) -> None:
     """No GPU here, so it fails before anything is sent; a worker that the broadcast is not for pulls."""
     pool, hub = serving.pool(), serving.hub
-    serving.publish(base_weights)
-    await pool.load(serving.version)
     before = await greedy(pool, prompts)
     serving.version += 1
     await hub.begin.remote(serving.version)
