@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,7 +19,8 @@ CHAOS_LIMIT_S = 3 * LIMIT_S  # after most kills all actors start again
 
 @pytest.mark.timeout(LIMIT_S + CHAOS_LIMIT_S + 60)
 def test_every_kind_is_killed_and_the_tables_and_weights_are_the_same(whole, tmp_path):
-    chaos(tmp_path, "tiny_cpu", undisturbed=whole[0], seed=3, overrides=["learner.checkpoint_every=1"])
+    runs = after_chaos(tmp_path, "tiny_cpu", undisturbed=whole[0], seed=3, overrides=["learner.checkpoint_every=1"])
+    assert_all_is_counted(runs)
 
 
 @pytest.mark.timeout(2 * LIMIT_S)
@@ -48,10 +50,11 @@ def test_async_every_kind_is_killed_and_the_bound_holds(tmp_path):
     process = sppo(*train(undisturbed, "tiny_cpu_async"), *overrides)
     output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, output
-    chaos(tmp_path, "tiny_cpu_async", undisturbed, seed=4, overrides=overrides)
+    assert_all_is_counted(after_chaos(tmp_path, "tiny_cpu_async", undisturbed, seed=4, overrides=overrides))
 
 
-def chaos(out: Path, config: str, undisturbed: Path, seed: int, overrides: list[str]) -> None:
+def after_chaos(out: Path, config: str, undisturbed: Path, seed: int, overrides: list[str]) -> list[dict[str, Any]]:
+    """Manifests of the runs that were disturbed. chaos.py compares them with the undisturbed one: exit code 1 if they differ."""
     command = [
         sys.executable, "scripts/bench/chaos.py", f"--kills={KINDS}", f"--seed={seed}", f"--out={out}",
         f"--config=configs/{config}.yaml", f"--undisturbed={undisturbed}", "--pause", "0.5", "2", *SMALL, *SLOW, *overrides,
@@ -60,7 +63,10 @@ def chaos(out: Path, config: str, undisturbed: Path, seed: int, overrides: list[
     assert done.returncode == 0, done.stdout + done.stderr
     for kind in ("rollout", "judge", "buffer", "weights", "learner", "controller", "driver", "power"):
         assert f"killed {kind}" in done.stderr
-    found = [manifest(folder) for folder in out.glob("disturbed-*") if folder.is_dir()]
+    return [manifest(folder) for folder in out.glob("disturbed-*") if folder.is_dir()]
+
+
+def assert_all_is_counted(found: list[dict[str, Any]]) -> None:
     assert sum(run["restarts"]["run"] for run in found) >= 2  # by driver and power at least
     assert all(run["groups_generated"] == run["groups_trained"] == 2 * PROMPTS for run in found)
     assert all(run["groups_sampled"] >= run["groups_generated"] for run in found)
