@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import ray
 from ray.exceptions import ObjectLostError
 
-from actors.process import redirect_output
+from actors.process import begin
 from actors.stacks import Place, here
 from sppo_ray.buffer_service import BufferService
 from sppo_ray.config import Config
@@ -20,7 +20,7 @@ class BufferActor(BufferService):
     """Async actor."""
 
     def __init__(self, config: Config, slices: Sequence[Sequence[str]] | None) -> None:
-        redirect_output(config.run.dir, NAME)
+        begin(config.run.dir, NAME)
         super().__init__(config, slices)
 
     def __repr__(self) -> str:

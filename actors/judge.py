@@ -14,7 +14,7 @@ import numpy as np
 import ray
 import torch
 
-from actors.process import assignment, redirect_output
+from actors.process import assignment, begin
 from actors.stacks import Place, here
 from sppo_ray.config import Config
 from sppo_ray.errors import JudgeError
@@ -34,7 +34,7 @@ class JudgeWorker:
         # have GPUs (`ray start --num-gpus`), hence the second question.
         self.name = name
         self._device = "cuda:0" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
-        redirect_output(config.run.dir, name)
+        begin(config.run.dir, name)
         torch.set_num_threads(config.cluster.threads)
         self._templated = config.judge.source == "templated"
         self._groups = 0

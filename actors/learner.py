@@ -20,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-from actors.process import assignment, environment, redirect_output
+from actors.process import assignment, begin, environment
 from actors.rank_pulse import Member, Watchman, start_pulse
 from actors.ranks import Ranks, Way
 from sppo_ray.config import Config
@@ -62,7 +62,7 @@ def _loop(config: Config, buffer: Any, hub: Any, watcher: Any, takes_turns: bool
     """Rank 0 alone talks to the buffer and the hub (actor handles); all ranks do what it is told, in step."""
     rank, way = ray.train.get_context().get_world_rank(), Way()
     start_pulse(rank, way, watcher, config.learner.timeout_s)
-    redirect_output(config.run.dir, f"{NAME}-{rank}")
+    begin(config.run.dir, f"{NAME}-{rank}")
     # Imported here, in the worker: deepspeed and torch must see the worker's environment.
     from actors.checkpoint import Checkpoints
     from actors.policy_folder import local_folder
@@ -180,7 +180,7 @@ class LearnerActor:
     def __init__(self, config: Config, layout: Layout, buffer: Any, hub: Any) -> None:
         """buffer, hub: actor handles."""
         self._ranks = f"{layout.learner.workers} ranks on {'gpu' if layout.learner.gpus else 'cpu'}"
-        redirect_output(config.run.dir, NAME)
+        begin(config.run.dir, NAME)
         self._watchman = Watchman(config.learner.timeout_s, config.run.dir)
         # Ray Train ends ranks that do not answer, but names none: not before the watchman has.
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.learner.timeout_s + COLLECTIVE_GRACE_S)

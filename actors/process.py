@@ -1,10 +1,13 @@
-"""What every actor process does first: environment and log file. Imported before torch, vllm or deepspeed."""
+"""What every actor process does first: environment, log file and memory. Imported before torch, vllm or deepspeed."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 import ray
@@ -36,7 +39,30 @@ def environment(gpus: bool, threads: int) -> dict[str, str]:
     }
 
 
-def redirect_output(run_dir: str, name: str) -> Path:
+def begin(run_dir: str, name: str) -> None:
+    """To be called first by every actor: its output goes to its log, its freed memory back to the system."""
+    _redirect_output(run_dir, name)
+    give_memory_back()
+
+
+def give_memory_back(every_s: float = 10.0) -> None:
+    """From now on what glibc holds of freed memory is given back at intervals; on another C library this does nothing.
+
+    Batches have all lengths, and glibc keeps the gaps they leave: a tiny judge grew from 360 to 500 MiB in 2,400 groups, of
+    which 340 were in use. Giving back takes some 12 ms.
+    """
+    library = ctypes.CDLL(None)
+
+    def repeat() -> None:
+        while True:
+            time.sleep(every_s)
+            library.malloc_trim(0)
+
+    if hasattr(library, "malloc_trim"):
+        threading.Thread(target=repeat, name="trim", daemon=True).start()
+
+
+def _redirect_output(run_dir: str, name: str) -> None:
     """Send this process's stdout, stderr and logging to <run_dir>/logs/<name>.log; children inherit it."""
     path = Path(run_dir) / "logs" / f"{name}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +73,6 @@ def redirect_output(run_dir: str, name: str) -> Path:
     os.dup2(descriptor, 2)
     os.close(descriptor)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True)
-    return path
 
 
 def assignment(role: Role, name: str) -> Assignment:

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from actors.policy_folder import read_policy
-from actors.process import assignment, redirect_output
+from actors.process import assignment, begin
 from actors.stacks import Place, here
 from actors.weights import Published
 from sppo_ray.config import Config
@@ -42,7 +42,7 @@ class RolloutWorker:
         gpus = ray.get_gpu_ids()
         self.name, self._device = name, f"gpu {','.join(map(str, gpus))}" if gpus else "cpu"
         self._first_version = version
-        redirect_output(config.run.dir, name)
+        begin(config.run.dir, name)
         from actors.engines import start_engine  # vllm: seconds to import, and its log belongs into the redirected file
 
         self._hub = ray.get_actor(hub)

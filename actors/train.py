@@ -19,6 +19,7 @@ from actors.buffer import NAME as BUFFER
 from actors.build import Running, running
 from actors.cluster import connected
 from actors.fleet import Fleet
+from actors.process import give_memory_back
 from actors.tally import Tally
 from actors.weights import NAME as HUB
 from actors.workers import call
@@ -43,6 +44,7 @@ LEAVE_LIMIT_S = 60.0
 
 def train(config: Config, layout: Layout, checked: Preflight, console: Console) -> None:
     """Run to the end. Raises what stopped it; everything done so far is in the run directory."""
+    give_memory_back()
     attempts = Attempts(Path(config.run.dir), config.cluster.max_restarts, partial(say, console, style="yellow"))
     facts = {"prompts": dataclasses.asdict(checked.prompts.report)}
     while attempts.more:

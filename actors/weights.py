@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from actors.process import redirect_output
+from actors.process import begin
 from actors.stacks import Place, here
 from sppo_ray.config import Config
 from sppo_ray.errors import WeightSyncError
@@ -42,7 +42,7 @@ class WeightsHub:
     """
 
     def __init__(self, config: Config) -> None:
-        redirect_output(config.run.dir, NAME)
+        begin(config.run.dir, NAME)
         self._published: Published | None = None
         self._pending: int | None = None
         self._chunks: dict[int, ray.ObjectRef] = {}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -22,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
-# Many short iterations of several passes each: everything that happens in a run, evaluations and saving too, happens often.
-LONG = ("schedule.iterations=48", "learner.epochs=48", "learner.checkpoint_every=8")
+# Many short iterations of several passes each: everything that happens in a run, evaluations and saving too, happens often. The
+# policy hardly moves, so that its answers stay as long as they are: longer ones need more memory, and are no leak.
+LONG = ("schedule.iterations=48", "learner.epochs=48", "learner.checkpoint_every=8", "learner.learning_rate=1e-9")
 NAMED = {
     "RolloutWorker": "rollout",
     "JudgeWorker": "judge",
@@ -74,21 +76,20 @@ def _follow(run: psutil.Popen, minutes: list[float]) -> dict[float, Reading]:
 
 
 def read(run: psutil.Process) -> Reading:
-    """Of the driver and all processes under it, the largest of five readings in as many seconds: work comes in waves."""
-    most: Reading = {}
-    for _ in range(5):
+    """Of the driver and all processes under it, the median of a minute's readings: work comes in waves."""
+    found: dict[str, list[tuple[float, int, int, int]]] = {}
+    for _ in range(20):
         for process in (run, *run.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 name, now = _name(process, run), process.memory_info()
                 if name is None:
                     continue
                 figures = (now.rss - now.shared) / 2**20, process.num_fds(), process.num_threads(), process.pid
-                most[name] = tuple(map(max, figures, most.get(name, figures)))
+                found.setdefault(name, []).append(figures)
                 if name == "raylet":
-                    store = _store_mib(process)
-                    most["object store"] = (max(store, most.get("object store", (store,))[0]), 0, 0, 0)
-        time.sleep(1)
-    return most
+                    found.setdefault("object store", []).append((_store_mib(process), 0, 0, 0))
+        time.sleep(3)
+    return {name: tuple(map(statistics.median_high, zip(*each, strict=True))) for name, each in found.items()}
 
 
 def _name(process: psutil.Process, run: psutil.Process) -> str | None:

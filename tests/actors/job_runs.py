@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import random
@@ -117,7 +118,7 @@ def shards(run_dir: Path, iteration: int) -> int:
 def wait_for(condition: Callable[[], object], timeout: float = LIMIT_S) -> None:
     end = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < end, "timed out"
+        assert time.monotonic() < end, f"not within {timeout:g} s: {inspect.getsource(condition).strip()}"
         time.sleep(0.1)
 
 

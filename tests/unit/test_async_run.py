@@ -201,6 +201,4 @@ class AsyncRun(RuleBasedStateMachine):
 
 
 TestAsyncRun = AsyncRun.TestCase
-TestAsyncRun.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestAsyncRun.settings = settings(max_examples=60, stateful_step_count=40, suppress_health_check=list(HealthCheck))

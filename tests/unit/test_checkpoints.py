@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sppo_ray.checkpoints import MARKER, Checkpoint, clear, fits, new_checkpoint, newest
@@ -161,7 +161,6 @@ def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path: Path) -> Non
     assert newest(tmp_path, any_of) is None
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_no_bit_can_flip_unseen(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """In any file; in the marker a flip may leave the same JSON (white space), then nothing else may have changed."""

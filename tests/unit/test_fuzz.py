@@ -35,7 +35,6 @@ EXAMPLES = int(os.environ.get("SPPO_FUZZ", "100"))
 bounded = settings(
     max_examples=EXAMPLES,
     derandomize="SPPO_FUZZ" not in os.environ,
-    deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -121,7 +121,7 @@ def test_what_is_no_fault_of_the_storage_is_raised_at_once(tmp_path):
     assert heard == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(failing=st.sets(st.integers(0, 60)), plan=st.lists(st.sampled_from("gbm"), min_size=1, max_size=8))
 def test_with_patience_every_write_is_there_once(tmp_path_factory, failing, plan):
     """g: a shard of groups, b: a batch, m: a line of metrics; calls of the numbers in `failing` fail."""
@@ -145,7 +145,7 @@ def test_with_patience_every_write_is_there_once(tmp_path_factory, failing, plan
     assert read_metrics(root / "metrics.jsonl") == [{"step": n} for n, kind in enumerate(plan) if kind == "m"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(failing=st.sets(st.integers(0, 60), max_size=6), plan=st.lists(st.sampled_from("gb"), min_size=1, max_size=8))
 def test_without_patience_the_next_process_has_what_was_acknowledged(tmp_path_factory, failing, plan):
     """Each failed write ends its process; the next one does it again, and in the end everything is there once."""
@@ -173,7 +173,7 @@ def test_without_patience_the_next_process_has_what_was_acknowledged(tmp_path_fa
     assert [b.step for b in Ledger(cfg).batches(1)] == [n for n, kind in enumerate(plan) if kind == "b"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(limit=st.integers(0, 60), texts=st.lists(st.text(max_size=20), min_size=1, max_size=5))
 def test_a_line_that_the_disk_took_half_of_is_written_once(tmp_path_factory, limit, texts):
     path = tmp_path_factory.mktemp("lines") / "lines.jsonl"

@@ -91,7 +91,7 @@ def test_around_forged_text_the_joints_are_ordinary(name: str) -> None:
 
 
 @each_family
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.text(alphabet=st.sampled_from("ab <>|/s_\n{}%[]INST"), max_size=30))
 def test_guarded_and_ordinary_encoding_agree(name: str, text: str) -> None:
     """On text without special strings the guarded way, which is exact at the joints, gives the ordinary ids."""

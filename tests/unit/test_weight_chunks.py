@@ -37,7 +37,7 @@ def checksum(named: dict[str, torch.Tensor], chunk_bytes: int = 1 << 20) -> str:
     return total.hexdigest()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(SHAPES, st.sampled_from(DTYPES)), max_size=6), st.integers(1, 400), st.integers(0, 99))
 def test_unpack_inverts_pack(specs: list[tuple[tuple[int, ...], torch.dtype]], chunk_bytes: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
