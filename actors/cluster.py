@@ -72,8 +72,10 @@ def set_ray_defaults() -> None:
     # Objects that nobody holds any more are freed at once: by default Ray gathers them for a second, and the chunks of a
     # publish, each as large as a layer, would pile up meanwhile.
     os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")
-    # Of the tasks that are over Ray keeps 100,000 for its dashboard, at 4 KB each: a run makes several a group.
+    # Of the tasks that are over Ray keeps 100,000 for its dashboard, at 4 KB each, and the names of a million more: a run makes
+    # several a group, and the process that keeps them would grow for days.
     os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "4000")
+    os.environ.setdefault("RAY_task_events_max_dropped_task_attempts_tracked_per_job_in_gcs", "4000")
     # Ray would start a worker for each CPU beforehand; none of our actors, which have environments of their own, could use it.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 

@@ -70,7 +70,7 @@ def joined(run_dir):
 def streamed(tmp_path_factory):
     """Two passes over the prompts, a publish per update, two rollout workers; a judge joins while it runs."""
     run_dir = tmp_path_factory.mktemp("runs") / "streamed"
-    slow = ("rollout.in_flight=1", "buffer.flush_s=0.4")  # time enough to stop the learner in the middle
+    slow = ("rollout.in_flight=1", "buffer.flush_s=0.2")  # time enough to stop the learner in the middle
     faster = ("learner.epochs=2", "weights.publish_every=1", "rollout.num_workers=2")
     process = sppo(*train(run_dir, "tiny_cpu_async"), *faster, *slow)
     try:

@@ -167,7 +167,7 @@ train(config, Layout("colocated", one, one, one, 1, 0), preflight(config), Conso
 
 def test_a_worker_s_own_error_comes_first(tmp_path):
     """The KV cache is too small for one sequence: vLLM says so when the engine starts."""
-    process = sppo(*train(tmp_path / "run"), "rollout.kv_cache_mb=8")
+    process = sppo(*train(tmp_path / "run"), "rollout.kv_cache_mb=8", "cluster.max_restarts=1")
     output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 1, output
     first = output[output.index("failed: ") :]
