@@ -44,6 +44,7 @@ class JudgeWorker:
             config.judge.dtype,
             source_max_tokens=config.judge.source_max_tokens,
             candidate_max_tokens=config.judge.candidate_max_tokens,
+            allow_pickle=config.judge.allow_pickle,
         )
         logger.info("%s judges with %s on %s", name, config.judge.model, self._device)
 

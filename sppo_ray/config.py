@@ -59,7 +59,7 @@ class Data(Section):
     splits: tuple[str, ...] | None = None
     """One split name of a hub data set per iteration; null: one set of prompts, cut into slices by seed."""
     limit: int | None = Field(None, ge=1)
-    """At most this many prompts in all, taken in file order before the cut."""
+    """At most this many prompts in all, taken in file order before the cut; with splits, shared out among them."""
     overlong: Literal["refuse", "keep_last", "drop"] = "refuse"
     """A templated prompt of more tokens than context - rollout.max_new_tokens: refuse the run, keep its last tokens
     (and BOS), or drop it. The context is rollout.max_model_len or the policy's max_position_embeddings. All of
@@ -111,7 +111,10 @@ class Judge(Section):
     num_workers: int = Field(1, ge=1, le=4096)
     """Judge workers."""
     dtype: Dtype = "float32"
-    """Precision of the judge (float32 on CPU)."""
+    """Precision of the judge; on CPU float32 is the fastest."""
+    allow_pickle: bool = False
+    """Take a checkpoint whose weights are a pickle (pytorch_model.bin), if you trust its origin; read by torch's restricted
+    unpickler."""
     source: Literal["raw", "templated"] = "raw"
     """What PairRM sees as the source: the prompt as written, or after the chat template (as in the authors' scripts)."""
     win_rates: Fidelity = "paper"
@@ -244,6 +247,8 @@ class Cluster(Section):
 class Evaluation(Section):
     prompts: str | None = None
     """Held-out prompts (file or hub name); null: no evaluation."""
+    column: str = "prompt"
+    """Column that holds their text."""
     split: str | None = None
     """Split of a hub data set."""
     limit: int | None = Field(None, ge=1)

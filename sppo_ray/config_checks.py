@@ -34,8 +34,9 @@ def refuse_contradictions(config: Config) -> None:
             f"learner.schedule_epochs={learner.schedule_epochs} ends before learner.epochs={learner.epochs}: "
             "the learning rate would be zero; raise learner.schedule_epochs or set it to null."
         )
-    if cluster.gpus == 0 and (config.policy.dtype == "float16" or config.judge.dtype == "float16"):
-        raise ValueError("float16 needs a GPU but cluster.gpus=0: set policy.dtype and judge.dtype to float32.")
+    for key, dtype in (("policy.dtype", config.policy.dtype), ("judge.dtype", config.judge.dtype)):
+        if cluster.gpus == 0 and dtype == "float16":
+            raise ValueError(f"{key}=float16 needs a GPU but cluster.gpus=0: set {key}=float32.")
     if cluster.gpus == 0 and rollout.engine == "async":
         raise ValueError("rollout.engine=async needs a GPU but cluster.gpus=0: set rollout.engine=auto.")
     if config.run.storage_patience_s >= learner.timeout_s:

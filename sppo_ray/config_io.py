@@ -47,6 +47,10 @@ def build_config(given: dict[str, Any], base: Path | None = None) -> Config:
         if isinstance(value := _get(merged, key), str):
             if not value.strip():
                 raise ConfigError(f"{key}={value!r} is empty: name a {'folder' if key == 'run.dir' else 'source'}.")
+            if key == "run.dir" and "://" in value:
+                raise ConfigError(
+                    f"run.dir={value} is not a folder: name one that all nodes share, and set run.mirror={value} for a copy there."
+                )
             resolved = str(user_path(value).resolve()) if key == "run.dir" else resolve_source(value, base)
             _put(merged, key, resolved)
     try:

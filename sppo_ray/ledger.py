@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import io
 import json
 import logging
 import shutil
@@ -25,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-import xxhash
 
 from sppo_ray.atomic import (
     LineFile,
@@ -34,13 +31,13 @@ from sppo_ray.atomic import (
     hash_of,
     line_of,
     read_checked_lines,
-    whole_file,
     write_bytes,
     write_json,
 )
 from sppo_ray.config import Config
 from sppo_ray.errors import SppoError
 from sppo_ray.storage import Storage, StorageError
+from sppo_ray.table_files import read_shard, read_table, rows_of, serialised, write_table
 from sppo_ray.tables import SealedRow, generated_table, train_table, with_every_column
 from sppo_ray.types import CutBatch, JudgedGroup, SliceSummary, TrainedIteration
 
@@ -82,7 +79,7 @@ class Ledger:
         if folder not in self._next_shard:
             self._next_shard[folder] = 1 + max((int(p.name.split("-")[1]) for p in folder.glob("shard-*")), default=-1)
         number = self._next_shard[folder]
-        content = _serialised(table)
+        content = serialised(table)
         path = folder / f"shard-{number:06d}-{hash_of(content)}.parquet"
         self.storage.patiently("judged groups", path, lambda: write_bytes(path, content))
         self._next_shard[folder] = number + 1
@@ -91,18 +88,19 @@ class Ledger:
     def read(self, iteration: int) -> pa.Table | None:
         """All judged groups of an unsealed iteration, each (prompt, epoch) once, the newest; None if there are none.
 
-        A shard whose bytes are not what was written is set aside (renamed .corrupt) with a warning; its groups are made
-        again.
+        A damaged shard is set aside, and its groups are made again.
         """
-        tables = []
-        for path in sorted((self.folder(iteration) / "ledger").glob("shard-*.parquet")):
-            content = path.read_bytes()
-            if hash_of(content) == path.stem.split("-")[2]:
-                tables.append(with_every_column(pq.read_table(pa.BufferReader(content))))
-            else:
-                log.warning("ledger shard %s is damaged; set aside, its groups will be made again", path)
-                path.rename(path.with_suffix(".corrupt"))
+        tables = [
+            with_every_column(table) for path in self._shards(iteration) if (table := read_shard(path)) is not None
+        ]
         return _newest_of_each(pa.concat_tables(tables)) if tables else None
+
+    def damaged_shards(self, iteration: int) -> list[str]:
+        """Names of those that are set aside by this look at them."""
+        return [path.name for path in self._shards(iteration) if read_shard(path) is None]
+
+    def _shards(self, iteration: int) -> list[Path]:
+        return sorted((self.folder(iteration) / "ledger").glob("shard-*.parquet"))
 
     # Batches (async).
 
@@ -164,7 +162,7 @@ class Ledger:
     def write_table(self, iteration: int, name: str, table: pa.Table) -> str:
         """Returns the file's checksum."""
         path = self.folder(iteration) / name
-        checksum = self.storage.patiently("a table", path, lambda: _write_table(path, table))
+        checksum = self.storage.patiently("a table", path, lambda: write_table(path, table))
         self._tables.setdefault(iteration, {})[name] = checksum
         return checksum
 
@@ -184,11 +182,10 @@ class Ledger:
         """Judged groups of the iteration on disk, sealed or not; those sampled again may count twice until it is sealed."""
         if summary := self.sealed(iteration):
             return summary.groups
-        shards = (self.folder(iteration) / "ledger").glob("shard-*.parquet")
-        return sum(int(pq.read_metadata(path).num_rows) for path in shards)
+        return sum(rows_of(path) for path in self._shards(iteration))
 
     def generated(self, iteration: int) -> pa.Table:
-        return _read(self.folder(iteration) / "generated.parquet")
+        return read_table(self.folder(iteration) / "generated.parquet")
 
     # Training.
 
@@ -207,7 +204,7 @@ class Ledger:
         path, record = self.folder(iteration) / REFERENCE, read_record(self.folder(iteration) / SEALED) or {}
         if not path.exists() or REFERENCE not in record.get(TABLES, [REFERENCE]):  # before checksums: as it is
             return None
-        return [tuple(v) for v in _read(path)["logps"].to_pylist()]
+        return [tuple(v) for v in read_table(path)["logps"].to_pylist()]
 
     def mark_trained(self, trained: TrainedIteration) -> None:
         """Raises StorageError if the policy that the learner wrote is not there for this process."""
@@ -259,33 +256,6 @@ def _damaged(path: Path, error: Exception) -> StorageError:
     )
 
 
-def _write_table(path: Path, table: pa.Table) -> str:
-    """Returns the checksum of the file, of what was meant to be written."""
-    with whole_file(path) as temporary, _Hashed(temporary, "wb") as file:
-        pq.write_table(table, file, write_page_checksum=True)
-        file.close()
-        return file.digest.hexdigest()
-
-
-class _Hashed(io.FileIO):
-    """A file that is hashed on its way to the disk."""
-
-    def __init__(self, path: Path, mode: str) -> None:
-        super().__init__(path, mode)
-        self.digest = xxhash.xxh3_64()
-
-    def write(self, data: Any, /) -> int:
-        rest = content = memoryview(data).cast("B")
-        while rest:  # a disk that is nearly full takes a part
-            rest = rest[super().write(rest) :]
-        self.digest.update(content)
-        return len(content)
-
-
-def _read(path: Path) -> pa.Table:
-    return pq.read_table(path, page_checksum_verification=True)
-
-
 def group_keys(table: pa.Table) -> list[tuple[str, int]]:
     """(prompt id, epoch) of each row."""
     return list(zip(table["prompt_id"].to_pylist(), table["epoch"].to_pylist(), strict=True))
@@ -295,9 +265,3 @@ def _newest_of_each(table: pa.Table) -> pa.Table:
     """A group that was sampled again, since it had become too old, stands for the one before."""
     last = {key: n for n, key in enumerate(group_keys(table))}
     return table if len(last) == len(table) else table.take(list(last.values()))
-
-
-def _serialised(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    return sink.getvalue().to_pybytes()

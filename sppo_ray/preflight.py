@@ -36,7 +36,7 @@ def preflight(config: Config, base_dir: Path | None = None) -> Preflight:
     raw = read_prompts(config, base_dir)
     policy = inspect_policy(config.policy.model, config.policy.trust_remote_code)
     context = _context(config, policy)
-    judge = inspect_pairrm(config.judge.model, download=True)
+    judge = inspect_pairrm(config.judge.model, allow_pickle=config.judge.allow_pickle, download=True)
     source, candidate = config.judge.source_max_tokens, config.judge.candidate_max_tokens
     check_limits(judge.folder, judge.config, source or judge.source_max_tokens, candidate or judge.candidate_max_tokens)
     tokenizer = load_tokenizer(policy, config.policy.trust_remote_code)

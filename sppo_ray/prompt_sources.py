@@ -126,7 +126,7 @@ def _refuse_columns_of_another_kind(path: Path, schema: Any, name: str, numbers:
     if not any(test(plain) for test in (*text, kinds.is_integer) if numbers or test is not kinds.is_integer):
         raise ConfigError(
             f"{path}: {name!r} holds {kind}, not text{' or whole numbers' if numbers else ''}: set "
-            f"{'data.id_column' if numbers else 'data.column'} to another column."
+            f"{'data.id_column' if numbers else 'data.column (evaluation.column for held-out prompts)'} to another column."
         )
 
 
@@ -184,6 +184,6 @@ def _column_rows(columns: dict[str, list[Any]], column: str, id_column: str, fir
 def _require(column: str, found: Iterable[str], place: str) -> None:
     if column not in (names := list(found)):
         raise ConfigError(
-            f"{place} has no column {column!r}; it has {', '.join(map(repr, names)) or 'none'}: set data.column to the "
-            "column that holds the prompts."
+            f"{place} has no column {column!r}; it has {', '.join(map(repr, names)) or 'none'}: set data.column "
+            "(evaluation.column for held-out prompts) to the column that holds the prompts."
         )

@@ -139,7 +139,7 @@ def _text_of(row: Row, source: str, column: str) -> str:
     if not isinstance(row.text, str):
         raise ConfigError(
             f"{source}, {row.where}: {column!r} holds {type(row.text).__name__} ({shown(row.text)}), not text: "
-            "set data.column to a column of strings, or repair the row."
+            "set data.column (evaluation.column for held-out prompts) to a column of strings, or repair the row."
         )
     if not is_unicode(row.text):
         raise ConfigError(f"{source}, {row.where}: {column!r} holds half a surrogate pair, not a character: repair it.")
@@ -218,7 +218,7 @@ def _read_heldout(
     if evaluation.prompts is None:
         return []
     trained = {normalise(prompt.text) for part in slices for prompt in part}
-    raw = load_texts(evaluation.prompts, data.column, data.id_column, evaluation.split, None, base_dir)
+    raw = load_texts(evaluation.prompts, evaluation.column, data.id_column, evaluation.split, None, base_dir)
     unseen = [prompt for prompt in raw if normalise(prompt.text) not in trained]
     report.leaked = len(raw) - len(unseen)
     if not unseen:

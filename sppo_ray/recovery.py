@@ -1,7 +1,7 @@
 """Before a run goes on: what a killed process left is cleared, and what the disk did not keep as it was written is found by
 its checksum.
 
-    ledger shard                        set aside, its groups are made again (`Ledger.read`)
+    ledger shard                        set aside, its groups are made again
     train.parquet                       made again from generated.parquet
     generated.parquet, not yet trained  set aside, its groups are made again
     reference.parquet, not yet trained  set aside, computed again
@@ -47,6 +47,8 @@ def recover(config: Config) -> list[str]:
             said += _check_tables(ledger, iteration)
         if (folder / SEALED).exists():
             shutil.rmtree(folder / "ledger", ignore_errors=True)
+        else:
+            said += _check_shards(ledger, iteration)
         _clear(folder)
         _clear(folder / "ledger")
     return said
@@ -96,6 +98,13 @@ def _check_tables(ledger: Ledger, iteration: int) -> list[str]:
         _set_aside(folder / REFERENCE)
         said.append("it is not needed any more" if trained else "the reference is computed again")
     return [f"{what}; {'; '.join(said)}"]
+
+
+def _check_shards(ledger: Ledger, iteration: int) -> list[str]:
+    """Of a slice that is not sealed, or not any more."""
+    damaged = ledger.damaged_shards(iteration)
+    what = f"{_names(damaged)} in {ledger.folder(iteration) / 'ledger'} is not what was written; set aside, its groups are made again"
+    return [what] if damaged else []
 
 
 def _check_batches(ledger: Ledger, iteration: int) -> list[str]:

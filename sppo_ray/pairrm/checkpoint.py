@@ -61,7 +61,7 @@ class PairRMInfo:
 
 def inspect_pairrm(path_or_name: str | Path, *, allow_pickle: bool = False, download: bool = False) -> PairRMInfo:
     """Reads a local folder, or the cached snapshot of a hub name, which `download` fetches first. Raises NotAPairRM."""
-    folder = resolve_folder(path_or_name, download=download)
+    folder = resolve_folder(path_or_name, download=download, pickle=allow_pickle)
     config = _read_config(folder)
     kind, backbone = _layout(folder, config)
     source = _number(folder, config, "source_maxlength") or SOURCE_MAX_TOKENS
@@ -219,7 +219,7 @@ def _find_weights(folder: Path, allow_pickle: bool) -> tuple[Path, ...]:
         refuse(
             folder,
             f"its weights are a pickle ({PICKLE}), which can run code when loaded",
-            "Convert it to model.safetensors, or pass allow_pickle=True if you trust its origin",
+            "Convert it to model.safetensors, or set judge.allow_pickle=true if you trust its origin",
         )
     return (pickle,)
 

@@ -31,7 +31,6 @@ from sppo_ray.pairrm.checkpoint import (
     check_limits,
     inspect_pairrm,
     refuse,
-    resolve_folder,
 )
 from sppo_ray.pairrm.encoding import Markers, PairEncoder, load_encoder
 
@@ -123,7 +122,7 @@ def load_pairrm(
         raise ConfigError(f"PairRM cannot run in {dtype} on {device}: use float32, or bfloat16/float16 on a GPU.")
     if max_pairs_per_forward is not None and max_pairs_per_forward < 1:
         raise ConfigError(f"max_pairs_per_forward is {max_pairs_per_forward}: give 1 or more, or None for all pairs.")
-    info = inspect_pairrm(resolve_folder(path_or_name, download=True, pickle=allow_pickle), allow_pickle=allow_pickle)
+    info = inspect_pairrm(path_or_name, allow_pickle=allow_pickle, download=True)
     base = base_folder(info)
     base_config = json.loads((base / "config.json").read_text(encoding="utf-8")) if info.backbone else dict(info.config)
     source = source_max_tokens or info.source_max_tokens

@@ -40,7 +40,13 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     first = path.read_bytes().splitlines()
     expected = tuple(line.decode()[len("# expect: ") :] for line in first if line.startswith(b"# expect: "))
-    about_the_folder = path.stem in ("empty_run_dir", "run_dir_below_a_file", "key_twice", "huge_number")
+    about_the_folder = path.stem in (
+        "empty_run_dir",
+        "run_dir_is_a_bucket",
+        "run_dir_below_a_file",
+        "key_twice",
+        "huge_number",
+    )
     monkeypatch.chdir(BAD.parents[1])
     refused(tmp_path, path, expected, *([] if about_the_folder else [f"run.dir={tmp_path / 'run'}"]))
     assert not (BAD.parents[1] / "runs" / "bad").exists()

@@ -101,7 +101,7 @@ REFUSALS = {
         "512 absolute positions",
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
-    "pickle": (to_pickle, "pickle.*allow_pickle=True"),
+    "pickle": (to_pickle, "pickle.*judge.allow_pickle=true"),
     "lfs pointer": (
         lambda f: (f / "model.safetensors").write_text("version https://git-lfs"),
         "not a safetensors file",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
 from tokenizer_factory import chatml
 
 import sppo_ray
@@ -54,6 +57,17 @@ def test_the_embedded_run_passes_and_writes_nothing(tmp_path: Path, monkeypatch:
     assert len(checked.prompts.heldout) == 8
     assert checked.warnings == ()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pickled_judge_is_taken_where_the_config_allows_it(tmp_path: Path) -> None:
+    judge = tmp_path / "judge"
+    shutil.copytree(ASSETS / "judge", judge)
+    weights = load_file(judge / "model.safetensors")
+    (judge / "model.safetensors").unlink()
+    torch.save(weights, judge / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"pickle.*judge\.allow_pickle=true"):
+        preflight(config_of(judge__model=str(judge)))
+    assert preflight(config_of(judge__model=str(judge), judge__allow_pickle=True)).judge.pickled
 
 
 @pytest.mark.parametrize(

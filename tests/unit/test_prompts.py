@@ -262,6 +262,18 @@ def test_heldout_prompts_that_are_trained_on_are_left_out_before_the_limit(tmp_p
     assert normalise(" Question  3?\n") == "question 3?"
 
 
+def test_held_out_prompts_have_a_column_of_their_own(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "t.jsonl", [{"instruction": "one"}, {"instruction": "two"}])
+    held = write_jsonl(tmp_path / "h.jsonl", [{"prompt": "three", "question": "four"}])
+    mine = {"column": "instruction"}
+    raw = read_prompts(config_of(train, data=mine, evaluation={"prompts": held}))
+    assert [prompt.text for prompt in raw.heldout] == ["three"]
+    raw = read_prompts(config_of(train, data=mine, evaluation={"prompts": held, "column": "question"}))
+    assert [prompt.text for prompt in raw.heldout] == ["four"]
+    with pytest.raises(ConfigError, match=r"h\.jsonl, line 1 has no column 'text'.*evaluation\.column"):
+        read_prompts(config_of(train, data=mine, evaluation={"prompts": held, "column": "text"}))
+
+
 def test_a_heldout_set_with_nothing_new_is_refused(tmp_path: Path) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", [{"prompt": f"Question {n}?"} for n in range(4)])
     with pytest.raises(ConfigError, match=r"leaves nothing to evaluate on: it has 4 usable prompts and 4"):

@@ -94,6 +94,31 @@ def test_damaged_groups_of_an_untrained_slice_are_made_again(tmp_path, damage):
     assert recover(cfg) == []
 
 
+def cut_by_one(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [flip, cut, cut_by_one, emptied])
+def test_a_damaged_shard_of_an_unsealed_slice_is_named_and_its_groups_made_again(tmp_path, damage):
+    cfg = config(tmp_path)
+    for part in (NAMES[:5], NAMES[5:]):
+        TrainingBuffer(cfg).add([judged(name) for name in part])
+    first, _ = sorted((tmp_path / "iter_1/ledger").glob("shard-*.parquet"))
+    damage(first)
+    assert Ledger(cfg).groups(1) in (5, 10)  # counting does not fail where nobody has looked yet
+    (said,) = recover(cfg)
+    assert first.name in said
+    assert "made again" in said
+    assert first.with_suffix(".corrupt").exists()
+    assert recover(cfg) == []
+    assert Ledger(cfg).groups(1) == 5
+    assert TrainingBuffer(cfg).held(1) == frozenset(NAMES[5:])
+
+
 @DAMAGES
 @pytest.mark.parametrize("prepare", [sealed, trained])
 def test_a_damaged_train_table_is_made_again(tmp_path, damage, prepare):
