@@ -12,7 +12,11 @@ from pathlib import Path
 
 import ray
 
+import sppo_ray
 from sppo_ray.layout import Assignment, Role
+from sppo_ray.secrets import HidingFormatter
+
+logger = logging.getLogger(__name__)
 
 
 def environment(gpus: bool, threads: int) -> dict[str, str]:
@@ -42,6 +46,7 @@ def environment(gpus: bool, threads: int) -> dict[str, str]:
 def begin(run_dir: str, name: str) -> None:
     """To be called first by every actor: its output goes to its log, its freed memory back to the system."""
     _redirect_output(run_dir, name)
+    logger.info("%s: sppo-ray %s from %s", name, sppo_ray.__version__, Path(sppo_ray.__file__).parent)
     give_memory_back()
 
 
@@ -72,7 +77,9 @@ def _redirect_output(run_dir: str, name: str) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True)
+    handler = logging.StreamHandler()
+    handler.setFormatter(HidingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
 def assignment(role: Role, name: str) -> Assignment:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo_ray.atomic import LineFile, line_of, make_folder, read_lines, write_bytes
+from sppo_ray.secrets import hidden
 from sppo_ray.storage import Storage
 
 
@@ -40,7 +41,7 @@ class MetricsLog:
         with self._lock:
             if _key(line) in self._known:
                 return False
-            self._storage.patiently("metrics", self._file.path, lambda: self._file.append(line))
+            self._storage.patiently("metrics", self._file.path, lambda: self._file.append(hidden(line)))
             self._known.add(_key(line))
             return True
 

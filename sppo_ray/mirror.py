@@ -32,6 +32,7 @@ from sppo_ray.config import Config
 from sppo_ray.errors import ConfigError
 from sppo_ray.ledger import SEALED, TRAINED, read_record
 from sppo_ray.run_dir import read_manifest
+from sppo_ray.secrets import hide
 from sppo_ray.storage import StorageError
 from sppo_ray.threads import in_daemon_thread
 
@@ -97,7 +98,7 @@ class Mirror:
             nonlocal failed
             assert state.outcome is not None
             self._moved = time.monotonic()
-            log.warning("mirror %s: %r", self._url, state.outcome.exception())
+            log.warning("mirror %s: %s", self._url, hide(repr(state.outcome.exception())))
             if not failed:
                 failed = True
                 self._warn(

@@ -1,4 +1,4 @@
-"""Secrets: what counts as one, and how it stays out of configs, manifests and messages.
+"""Secrets: what counts as one, and how it stays out of configs, manifests, metrics, logs and messages.
 
 A secret belongs in the environment, where the library that needs it finds it. The config and the manifest lie in the run
 directory, which is made to be copied and shown.
@@ -6,6 +6,7 @@ directory, which is made to be copied and shown.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -48,6 +49,13 @@ def hidden(data: Any, environ: Mapping[str, str] = os.environ) -> Any:
     if isinstance(data, list | tuple):
         return [hidden(value, environ) for value in data]
     return data
+
+
+class HidingFormatter(logging.Formatter):
+    """Log lines, tracebacks too, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hide(super().format(record))
 
 
 def refuse_secrets(config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:

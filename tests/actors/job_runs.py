@@ -136,9 +136,10 @@ class Head:
             env=self.env, cwd="/", capture_output=True, text=True, timeout=LIMIT_S, check=False,
         )  # fmt: skip
 
-    def submit(self, run_dir: Path, *overrides: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    def submit(self, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        """`arguments`: as after `sppo train`."""
         runtime_env = str(ROOT / "configs/ray/runtime_env.yaml")
-        entry_point = ("python", "scripts/train.py", *train(run_dir)[1:], *overrides)
+        entry_point = ("python", "scripts/train.py", *arguments)
         return self.job(
             "submit", "--working-dir", str(ROOT), "--runtime-env", runtime_env, *options, "--", *entry_point
         )
@@ -153,8 +154,9 @@ class Head:
             return json.load(answer)["data"]["result"]["result"]
 
     def alive(self) -> set[str]:
-        """Names of the actors that live."""
-        return {actor["name"] for actor in self.actors() if actor["state"] == "ALIVE"}
+        """Classes of the actors that live, Ray's own for jobs apart."""
+        living = (actor for actor in self.actors() if actor["state"] == "ALIVE")
+        return {actor["class_name"] for actor in living if not actor["name"].startswith("_ray_internal")}
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 GAPS = """
 import sys, time, psutil
@@ -29,3 +31,25 @@ while in_use() > before - 200:
 def test_freed_memory_goes_back_to_the_system():
     done = subprocess.run([sys.executable, "-c", GAPS], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+
+
+SAYS_TOO_MUCH = """
+import logging, sys
+from actors.process import begin
+
+begin(sys.argv[1], "actor")
+logging.warning("a call with planted-in-the-token failed")
+try:
+    raise OSError("https://me:planted-password@store.example/?sig=planted-signature")
+except OSError:
+    logging.exception("so did another")
+"""
+
+
+def test_what_an_actor_logs_holds_no_secret(tmp_path: Path):
+    environ = os.environ | {"HF_TOKEN": "planted-in-the-token"}
+    subprocess.run([sys.executable, "-c", SAYS_TOO_MUCH, str(tmp_path)], env=environ, timeout=300, check=True)
+    log = (tmp_path / "logs/actor.log").read_text()
+    assert "a call with *** failed" in log
+    assert "OSError: https://***@store.example/?sig=***" in log
+    assert "planted" not in log
