@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 import grpc
+import psutil
 from ray._common.tls_utils import load_certs_from_env
 from ray._private import ray_constants
-from ray._private.services import canonicalize_bootstrap_address, parse_address
+from ray._private.services import build_address, canonicalize_bootstrap_address, parse_address
 
 from sppo_ray.atomic import whole_file
 from sppo_ray.errors import ConfigError
@@ -64,9 +65,10 @@ def refuse_open_cluster(address: str, allowed: bool) -> str | None:
         )
     if answer == "guarded" and os.environ.get("RAY_AUTH_MODE") != "token":
         raise ConfigError(f"the Ray cluster at {server} asks for a token and this process uses none: {REMEDY}.")
-    if answer == "guarded" or is_loopback(server):
+    reached_at = answering_beyond_loopback(server) if answer == "open" and is_loopback(server) else server
+    if answer == "guarded" or reached_at is None:
         return None
-    found = f"the Ray cluster at {server} asks for no token: anyone who reaches it can run code on it"
+    found = f"the Ray cluster at {reached_at} asks for no token: anyone who reaches it can run code on it"
     if not allowed:
         raise ConfigError(
             f"{found}. Start it again with a token: {REMEDY}. If everyone on its network may run code there, set "
@@ -111,6 +113,21 @@ def knock(server: str, timeout_s: float = 20.0) -> Answer:
             code = error.code()
             return "guarded" if code in refused else "silent" if code in no_answer else "open"
     return "open"
+
+
+def answering_beyond_loopback(server: str) -> str | None:
+    """host:port at which what listens at a loopback host:port lets in callers from other machines too: a head that was started
+    with --node-ip-address=127.0.0.1 alone listens on all interfaces."""
+    port = (parse_address(server) or ("", server))[1]
+    return next((own for host in own_addresses() if knock(own := build_address(host, port), 5.0) == "open"), None)
+
+
+def own_addresses() -> list[str]:
+    """Of this machine's network interfaces, without the loopback's and those that are valid on one link only."""
+    every = (entry for entries in psutil.net_if_addrs().values() for entry in entries)
+    found = [entry.address.partition("%")[0] for entry in every if entry.family in (socket.AF_INET, socket.AF_INET6)]
+    parsed = [ipaddress.ip_address(address) for address in found]
+    return [str(address) for address in parsed if not (address.is_loopback or address.is_link_local)]
 
 
 def is_loopback(server: str) -> bool:

@@ -9,7 +9,8 @@ llm-blender 0.0.2, the last release, was written for transformers 4. Two names i
 A third hazard is a side effect: `blender/blender.py` imports vllm whenever it is installed (it generates candidates
 with it). A judge has no use for that, so vllm is hidden during the import, unless the process has it already.
 
-Nothing else is changed. Other versions of either library are refused: what is right for them has not been tried.
+Nothing else is changed. Another version of llm-blender, or another major version of transformers, is refused: what is right for
+it has not been tried. Tried with transformers 5.19.
 """
 
 from __future__ import annotations

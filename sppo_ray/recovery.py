@@ -5,7 +5,7 @@ its checksum.
     train.parquet                       made again from generated.parquet
     generated.parquet, not yet trained  set aside, its groups are made again
     reference.parquet, not yet trained  set aside, computed again
-    evaluation.parquet, policy gone     set aside, made again
+    evaluation.parquet, policy gone     set aside, made again; of another one: `HeldOutEvaluator` reads it, by its checksums
     batches.jsonl, not yet trained      lost batches are cut anew, and the slice is sealed again
     policy of the last one trained      StorageError: only the user knows of a copy
     of a trained iteration else         said, nothing needs it

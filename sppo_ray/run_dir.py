@@ -36,7 +36,9 @@ MAY_CHANGE = (
 )  # fmt: skip
 SECTIONS_MAY_CHANGE = ("cluster", "weights", "buffer")
 MUST_STAY = ("weights.publish_every",)  # versions are counted by it
-COUNTS = ("restarts", "groups_sampled", "updates_repeated")  # over all attempts at a run
+COUNTS = (  # over all attempts at a run
+    "restarts", "groups_sampled", "updates_repeated", "groups_generated", "groups_judged", "groups_trained", "groups_regenerated",
+)  # fmt: skip
 PACKAGES = (
     "ray",
     "torch",

@@ -8,7 +8,7 @@ REFERENCE_SPACING = 50  # the authors' scripts/generate.sh: one seed per respons
 
 
 def derive(*names: object) -> int:
-    """A seed in [0, 2**31) from any printable names; different names give independent seeds."""
+    """A seed in [0, 2**31) from any printable names; different names give seeds that have nothing to do with each other."""
     digest = hashlib.blake2b("\x1f".join(str(name) for name in names).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % 2**31
 

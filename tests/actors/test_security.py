@@ -216,8 +216,24 @@ def open_gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_an_open_cluster_on_loopback_may_be_joined(open_gcs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Another test's Ray in this process would have its say in what 127.0.0.1 means.
     monkeypatch.setattr(access, "resolve", lambda address: address)
+    monkeypatch.setattr(access, "own_addresses", lambda: [])  # whatever else listens on its port there
     assert access.knock(open_gcs) == "open"
     assert access.refuse_open_cluster(open_gcs, allowed=False) is None
+
+
+def test_an_open_cluster_that_answers_beyond_loopback_is_refused(
+    open_gcs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Beyond` is pretended: the test is not to open a port to the network."""
+    monkeypatch.setattr(access, "resolve", lambda address: address)
+    monkeypatch.setattr(access, "own_addresses", lambda: ["127.0.0.1"])
+    with pytest.raises(ConfigError, match=rf"^the Ray cluster at {open_gcs} asks for no token"):
+        access.refuse_open_cluster(open_gcs, allowed=False)
+    assert "anyone who reaches it can run code on it" in str(access.refuse_open_cluster(open_gcs, allowed=True))
+
+
+def test_own_addresses_are_those_that_others_can_reach() -> None:
+    assert not [address for address in access.own_addresses() if access.is_loopback(address)]
 
 
 def test_an_open_cluster_elsewhere_is_refused(open_gcs: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,15 +51,21 @@ class Oracle:
         return response == "same"
 
 
-@pytest.fixture
-def lines(tmp_path):
-    fakes, recorded = Fakes(), []
+def evaluator_of(folder, fakes):
+    """With the lines it records."""
+    recorded = []
 
     async def record(line):
         recorded.append(line)
         return True
 
-    evaluator = HeldOutEvaluator(config(tmp_path), PROMPTS, fakes, fakes, fakes.fetch, record, Oracle)
+    return HeldOutEvaluator(config(folder), PROMPTS, fakes, fakes, fakes.fetch, record, Oracle), recorded
+
+
+@pytest.fixture
+def lines(tmp_path):
+    fakes = Fakes()
+    evaluator, recorded = evaluator_of(tmp_path, fakes)
     for version in (0, 1, 2):
         fakes.version = version
         asyncio.run(evaluator.evaluate(version))
@@ -124,3 +130,28 @@ def test_a_full_disk_is_waited_for_beside_the_run(tmp_path, monkeypatch, patienc
     else:
         with pytest.raises(StorageError, match=r"evaluation\.parquet.*No space left"):
             asyncio.run(evaluate())
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_damaged_responses_of_an_earlier_policy_are_named_and_may_be_done_without(tmp_path, damage):
+    fakes = Fakes()
+    evaluator, recorded = evaluator_of(tmp_path, fakes)
+    asyncio.run(evaluator.evaluate(0))
+    path = tmp_path / "iter_0/evaluation.parquet"
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        content[content.index(b"h1")] ^= 1  # in the ids
+    else:
+        del content[-20:]
+    path.write_bytes(content)
+    fakes.version = 2
+    with pytest.raises(StorageError, match=r"iter_0/evaluation\.parquet cannot be read.*delete it"):
+        asyncio.run(evaluator.evaluate(2))
+    path.unlink()
+    fakes.version = 1
+    asyncio.run(evaluator.evaluate(1))
+    fakes.version = 2
+    asyncio.run(evaluator.evaluate(2))
+    assert "judge_win_vs_base_greedy" not in recorded[-1]
+    assert recorded[-1]["judge_win_vs_previous_greedy"] == 0.875
+    assert closing_table(recorded) is not None
