@@ -14,12 +14,13 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
+from sppo_ray.atomic import write_json
 from sppo_ray.config import Config
 from sppo_ray.errors import SppoError
 from sppo_ray.protocols import Handle, Rollout
 from sppo_ray.schedules.supervision import again_if_lost
 from sppo_ray.seeds import sampling_seeds
-from sppo_ray.storage import Storage, StorageError
+from sppo_ray.storage import Storage
 from sppo_ray.table_files import read_table, write_table
 from sppo_ray.threads import in_daemon_thread
 from sppo_ray.types import Prompt, ResponseGroup, Sampling
@@ -73,27 +74,24 @@ class HeldOutEvaluator:
         figures = summarise(responses, self.oracle)
         if iteration > 0:
             for name, against in (("base", 0), ("previous", iteration - 1)):
-                if not self._path(against).exists():  # taken away: see _read
+                if not self._path(against).exists():  # damaged, and set aside when the run went on
                     continue
                 figures |= await self._win_rates(responses, self._read(against), name)
         await self.record({"event": "evaluation", "iteration": iteration, "prompts": len(responses), **figures})
 
     async def _write(self, path: Path, table: pa.Table) -> None:
+        def write() -> None:
+            write_json(path.with_suffix(".json"), {path.name: write_table(path, table)})
+
         storage = Storage(self.config.run.storage_patience_s)
-        await in_daemon_thread(lambda: storage.patiently("held-out responses", path, lambda: write_table(path, table)))
+        await in_daemon_thread(lambda: storage.patiently("held-out responses", path, write))
 
     def _path(self, iteration: int) -> Path:
         return Path(self.config.run.dir) / f"iter_{iteration}" / "evaluation.parquet"
 
     def _read(self, iteration: int) -> list[dict[str, Any]]:
-        """The responses of policy `iteration`, sampled when it was served, which it may not be any more."""
-        try:
-            return read_table(self._path(iteration)).to_pylist()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise StorageError(
-                f"{self._path(iteration)} cannot be read ({error}). Put back a whole copy (run.mirror's, if there is one), or delete "
-                "it: what compares later policies with that one is then left out."
-            ) from None
+        """The responses of policy `iteration`, sampled when it was served."""
+        return read_table(self._path(iteration)).to_pylist()
 
     @again_if_lost
     async def _sample(self, prompt: Prompt, iteration: int) -> dict[str, Any]:

@@ -5,7 +5,8 @@ its checksum.
     train.parquet                       made again from generated.parquet
     generated.parquet, not yet trained  set aside, its groups are made again
     reference.parquet, not yet trained  set aside, computed again
-    evaluation.parquet, policy gone     set aside, made again; of another one: `HeldOutEvaluator` reads it, by its checksums
+    evaluation.parquet, policy gone     set aside, made again
+    evaluation.parquet else             set aside, made again if its policy is served again; nothing is compared with it
     batches.jsonl, not yet trained      lost batches are cut anew, and the slice is sealed again
     policy of the last one trained      StorageError: only the user knows of a copy
     of a trained iteration else         said, nothing needs it
@@ -37,10 +38,12 @@ def recover(config: Config) -> list[str]:
     ledger, said = Ledger(config), []
     _clear(ledger.root)
     last = ledger.last_trained()
+    for iteration in range(config.schedule.iterations + 1):
+        said += _check_evaluation(ledger.folder(iteration))
     for iteration in range(1, config.schedule.iterations + 1):
         folder = ledger.folder(iteration)
         if not (folder / TRAINED).exists():
-            _set_aside(folder / EVALUATION)  # of a policy that is no more: it is evaluated after it is recorded
+            _set_evaluation_aside(folder)  # of a policy that is no more: it is evaluated after it is recorded
         else:
             said += _check_policy(folder, iteration, newest=last is not None and last.iteration == iteration)
         if (folder / SEALED).exists():
@@ -77,6 +80,19 @@ def _check_policy(folder: Path, iteration: int, newest: bool) -> list[str]:
         if damaged
         else []
     )
+
+
+def _check_evaluation(folder: Path) -> list[str]:
+    damaged = _damaged(folder, read_record((folder / EVALUATION).with_suffix(".json")) or {})
+    if damaged:
+        _set_evaluation_aside(folder)
+    what = f"{_names(damaged)} in {folder} is not what was written; set aside, and later policies may not be compared with that one"
+    return [what] if damaged else []
+
+
+def _set_evaluation_aside(folder: Path) -> None:
+    _set_aside(folder / EVALUATION)
+    (folder / EVALUATION).with_suffix(".json").unlink(missing_ok=True)
 
 
 def _check_tables(ledger: Ledger, iteration: int) -> list[str]:
