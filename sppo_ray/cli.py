@@ -63,7 +63,8 @@ def train(
     ] = False,
 ) -> None:
     """Run self-play preference optimization. The same command on the same run.dir goes on where the run stopped; so does
-    `--resume run.dir=DIR`, which needs nothing but that directory, and refuses one that holds no run."""
+    `--resume run.dir=DIR`, which needs nothing but that directory, and refuses one that holds no run. Where models and prompts lie
+    elsewhere, on another machine, say, name them again: policy.model=..., judge.model=..., data.prompts=..."""
     with exit_codes():
         _train(_config_of(config, resume, overrides or ()), dry_run)
 

@@ -1,4 +1,4 @@
-"""A node dies with the workers on it: others take over on the nodes that are left, and the tables are the same."""
+"""A node dies with the workers on it: others take over on the nodes that are left, and tables and weights are the same."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ def test_a_node_dies(whole, tmp_path):
     )  # fmt: skip
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["exit"] == 0, found["output"]
-    assert found["killed"]
+    assert {"rollout", "judge"} & {name.partition("-")[0] for name in found["killed"]}
     for iteration in (1, 2):
         mine, undisturbed = (
             pq.read_table(folder / f"iter_{iteration}/train.parquet") for folder in (tmp_path / "run", whole[0])
         )
         assert mine.equals(undisturbed)
+    weights = [folder / "iter_2/policy/model.safetensors" for folder in (tmp_path / "run", whole[0])]
+    assert weights[0].read_bytes() == weights[1].read_bytes()

@@ -12,7 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from sppo_ray.cli import _refuse_unfit, app
+from sppo_ray.config_io import load_config
 from sppo_ray.errors import ConfigError
+from sppo_ray.run_dir import claim
 from tests.unit.gpu_configs import gpu_config
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +126,31 @@ def test_a_foreign_run_directory(tmp_path):
     assert result.exit_code == 2
     assert "not empty" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_resume_takes_the_run_s_own_config_and_refuses_where_there_is_no_run(tmp_path):
+    run_dir = tmp_path / "run"
+
+    def answer(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["train", *arguments])
+        return result.exit_code, " ".join(result.output.split())
+
+    config = str(ROOT / "configs/tiny_cpu.yaml")
+    for arguments, message in (
+        (["--resume"], "name one with --config FILE, or a run by --resume run.dir=DIR"),
+        ([f"run.dir={run_dir}"], "no config is given"),
+        (["--resume", f"run.dir={run_dir}"], "there is no config.yaml in it"),
+        (["--resume", "--config", config, f"run.dir={run_dir}"], "holds no run; leave --resume out"),
+    ):
+        code, said = answer(*arguments)
+        assert (code, message in said) == (2, True), said
+        assert not run_dir.exists()
+    claim(load_config(Path(config), [f"run.dir={run_dir}", "data.limit=96"]), {})
+    code, said = answer("--resume", f"run.dir={run_dir}", "learner.num_workers=2", "--dry-run")
+    assert code == 0, said
+    assert "limit: 96" in said
+    code, said = answer("--resume", f"run.dir={run_dir}", "data.limit=48")
+    assert (code, "data.limit was 96, is 48" in said) == (2, True), said
 
 
 def test_dry_run_shows_the_plan_and_starts_nothing(tmp_path):
