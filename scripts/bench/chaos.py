@@ -56,7 +56,8 @@ def compare(config: Config, folder: Path, undisturbed: Path) -> Verdict:
     lost = doubled = different = beyond = 0
     for iteration in range(1, config.schedule.iterations + 1):
         mine, other = (_train_table(where, iteration) for where in (folder, undisturbed))
-        keys, expected = Counter(_keys(mine)), Counter(_keys(other))
+        keys = Counter(_keys(mine))
+        expected = _once_per_epoch(other, config.learner.epochs) if streams else Counter(_keys(other))
         lost += sum((expected - keys).values())
         doubled += sum((keys - expected).values())
         if streams:
@@ -71,6 +72,11 @@ def compare(config: Config, folder: Path, undisturbed: Path) -> Verdict:
 
 def _train_table(folder: Path, iteration: int) -> pa.Table:
     return pq.read_table(folder / f"iter_{iteration}" / "train.parquet")
+
+
+def _once_per_epoch(table: pa.Table, epochs: int) -> Counter[tuple[object, ...]]:
+    """Of the prompts of a slice, whatever the undisturbed run's schedule was."""
+    return Counter((prompt, epoch) for prompt in set(table["prompt_id"].to_pylist()) for epoch in range(epochs))
 
 
 def _keys(table: pa.Table) -> list[tuple[object, ...]]:
@@ -89,7 +95,9 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=ROOT / "configs/tiny_cpu.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"))
     parser.add_argument(
-        "--undisturbed", type=Path, help="a finished run of the same config and overrides; else it is made"
+        "--undisturbed",
+        type=Path,
+        help="a finished run of the same config and overrides, else it is made; for async any one of the same slices and updates",
     )
     parser.add_argument(
         "--pause", type=float, nargs=2, default=(0.5, 5.0), help="seconds of serving before a kill that is due"

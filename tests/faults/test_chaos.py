@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.actors.job_runs import LIMIT_S, PROMPTS, ROOT, SLOW, SMALL, manifest, sppo, train, wait_for
+from tests.actors.job_runs import LIMIT_S, PROMPTS, ROOT, SLOW, SMALL, manifest, wait_for
 
 KINDS = 8  # of processes
 CHAOS_LIMIT_S = 3 * LIMIT_S  # after most kills all actors start again
@@ -41,16 +41,12 @@ def test_a_hub_that_dies_while_the_workers_start_is_started_again_with_them(tmp_
 
 
 @pytest.mark.timeout(LIMIT_S + CHAOS_LIMIT_S + 60)
-def test_async_every_kind_is_killed_and_the_bound_holds(tmp_path):
+def test_async_every_kind_is_killed_and_the_bound_holds(whole, tmp_path):
     """A publish and a checkpoint after every update, two ranks, groups up to two versions old."""
     overrides = [
         "learner.checkpoint_every=1", "weights.publish_every=1", "schedule.max_staleness=2", "learner.num_workers=2",
     ]  # fmt: skip
-    undisturbed = tmp_path / "undisturbed"
-    process = sppo(*train(undisturbed, "tiny_cpu_async"), *overrides)
-    output, _ = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 0, output
-    assert_all_is_counted(after_chaos(tmp_path, "tiny_cpu_async", undisturbed, seed=4, overrides=overrides))
+    assert_all_is_counted(after_chaos(tmp_path, "tiny_cpu_async", undisturbed=whole[0], seed=4, overrides=overrides))
 
 
 def after_chaos(out: Path, config: str, undisturbed: Path, seed: int, overrides: list[str]) -> list[dict[str, Any]]:
