@@ -37,6 +37,10 @@ def refuse_contradictions(config: Config) -> None:
     for key, dtype in (("policy.dtype", config.policy.dtype), ("judge.dtype", config.judge.dtype)):
         if cluster.gpus == 0 and dtype == "float16":
             raise ValueError(f"{key}=float16 needs a GPU but cluster.gpus=0: set {key}=float32.")
+    if cluster.gpus == 0 and cluster.layout != "auto":
+        raise ValueError(
+            f"cluster.layout={cluster.layout} says how roles share GPUs but cluster.gpus=0: set cluster.layout=auto."
+        )
     if cluster.gpus == 0 and rollout.engine == "async":
         raise ValueError("rollout.engine=async needs a GPU but cluster.gpus=0: set rollout.engine=auto.")
     if config.run.storage_patience_s >= learner.timeout_s:

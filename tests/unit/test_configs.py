@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,13 @@ def test_async_config_trains_what_the_sync_one_does(name: str) -> None:
         "rollout.in_flight",
         "rollout.max_model_len",
     }
+
+
+def test_the_lock_file_holds_what_pyproject_pins():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = [text for text in (*project["dependencies"], *project["optional-dependencies"]["cpu"]) if "==" in text]
+    wanted = {re.sub(r"\[.*?\]", "", text) for text in pins}
+    lock = set((ROOT / "requirements/cpu.lock").read_text().split())
+    lock.add(re.search(r'^TORCH="(\S+)"', (ROOT / "scripts/setup.sh").read_text(), re.MULTILINE)[1])
+    assert len(wanted) >= 8
+    assert wanted <= lock
