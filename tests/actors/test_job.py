@@ -8,6 +8,7 @@ weights, to the last bit.
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,20 @@ def interrupted(whole, tmp_path_factory) -> Path:
     assert (run_dir / "iter_1/policy/model.safetensors").exists()
     assert 0 < shards(run_dir, 2) < PROMPTS
     return run_dir
+
+
+def test_a_copy_of_a_run_goes_on_elsewhere_with_two_ranks(whole, interrupted, tmp_path):
+    run_dir = tmp_path / "elsewhere"
+    shutil.copytree(interrupted, run_dir)
+    process = sppo("train", "--resume", f"run.dir={run_dir}", "learner.num_workers=2", "rollout.in_flight=8")
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, output
+    for name in ("generated", "train"):
+        one, other = (pq.read_table(folder / f"iter_2/{name}.parquet") for folder in (whole[0], run_dir))
+        assert one.equals(other), name
+    one, other = (load_file(folder / "iter_2/policy/model.safetensors") for folder in (whole[0], run_dir))
+    for name, tensor in one.items():  # two ranks sum in another order than one
+        assert torch.allclose(tensor, other[name], atol=1e-5), name
 
 
 @pytest.fixture(scope="module")
