@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from sppo_ray.atomic import (
     LineFile,
@@ -37,7 +38,7 @@ from sppo_ray.atomic import (
 from sppo_ray.config import Config
 from sppo_ray.errors import SppoError
 from sppo_ray.storage import Storage, StorageError
-from sppo_ray.table_files import read_shard, read_table, rows_of, serialised, write_table
+from sppo_ray.table_files import read_table, rows_of, serialised, shard_content, write_table
 from sppo_ray.tables import SealedRow, generated_table, train_table, with_every_column
 from sppo_ray.types import CutBatch, JudgedGroup, SliceSummary, TrainedIteration
 
@@ -90,14 +91,13 @@ class Ledger:
 
         A damaged shard is set aside, and its groups are made again.
         """
-        tables = [
-            with_every_column(table) for path in self._shards(iteration) if (table := read_shard(path)) is not None
-        ]
+        contents = (content for path in self._shards(iteration) if (content := shard_content(path)) is not None)
+        tables = [with_every_column(pq.read_table(pa.BufferReader(content))) for content in contents]
         return _newest_of_each(pa.concat_tables(tables)) if tables else None
 
-    def damaged_shards(self, iteration: int) -> list[str]:
-        """Names of those that are set aside by this look at them."""
-        return [path.name for path in self._shards(iteration) if read_shard(path) is None]
+    def set_damaged_shards_aside(self, iteration: int) -> list[str]:
+        """Their names."""
+        return [path.name for path in self._shards(iteration) if shard_content(path) is None]
 
     def _shards(self, iteration: int) -> list[Path]:
         return sorted((self.folder(iteration) / "ledger").glob("shard-*.parquet"))

@@ -38,8 +38,6 @@ def recover(config: Config) -> list[str]:
     ledger, said = Ledger(config), []
     _clear(ledger.root)
     last = ledger.last_trained()
-    for iteration in range(config.schedule.iterations + 1):
-        said += _check_evaluation(ledger.folder(iteration))
     for iteration in range(1, config.schedule.iterations + 1):
         folder = ledger.folder(iteration)
         if not (folder / TRAINED).exists():
@@ -54,6 +52,8 @@ def recover(config: Config) -> list[str]:
             said += _check_shards(ledger, iteration)
         _clear(folder)
         _clear(folder / "ledger")
+    for iteration in range(config.schedule.iterations + 1):
+        said += _check_evaluation(ledger.folder(iteration))
     return said
 
 
@@ -83,11 +83,16 @@ def _check_policy(folder: Path, iteration: int, newest: bool) -> list[str]:
 
 
 def _check_evaluation(folder: Path) -> list[str]:
-    damaged = _damaged(folder, read_record((folder / EVALUATION).with_suffix(".json")) or {})
-    if damaged:
-        _set_evaluation_aside(folder)
-    what = f"{_names(damaged)} in {folder} is not what was written; set aside, and later policies may not be compared with that one"
-    return [what] if damaged else []
+    try:
+        whole = not _damaged(folder, read_record((folder / EVALUATION).with_suffix(".json")) or {})
+    except StorageError:  # the record itself
+        whole = False
+    if whole:
+        return []
+    _set_evaluation_aside(folder)
+    return [
+        f"{EVALUATION} in {folder} is not what was written; without it later policies may not be compared with that one"
+    ]
 
 
 def _set_evaluation_aside(folder: Path) -> None:
@@ -118,7 +123,7 @@ def _check_tables(ledger: Ledger, iteration: int) -> list[str]:
 
 def _check_shards(ledger: Ledger, iteration: int) -> list[str]:
     """Of a slice that is not sealed, or not any more."""
-    damaged = ledger.damaged_shards(iteration)
+    damaged = ledger.set_damaged_shards_aside(iteration)
     what = f"{_names(damaged)} in {ledger.folder(iteration) / 'ledger'} is not what was written; set aside, its groups are made again"
     return [what] if damaged else []
 

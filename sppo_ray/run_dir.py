@@ -171,12 +171,19 @@ def _read_mapping(path: Path, parse: Callable[[str], Any], remedy: str) -> dict[
 
 
 def _changed_keys(old: dict[str, Any], config: Config) -> list[str]:
-    before, now = flatten(old), flatten(config.model_dump(mode="json"))
+    now = flatten(config.model_dump(mode="json"))
+    before = {key: _default(key) for key in now} | flatten(old)  # a run begun before there was a key
     return [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if not _may_change(key) and before.get(key) != now.get(key)
     ]
+
+
+def _default(key: str) -> Any:
+    section, _, name = key.partition(".")
+    field = Config.model_fields[section]
+    return field.annotation.model_fields[name].default if name else field.default  # type: ignore[union-attr]
 
 
 def _may_change(key: str) -> bool:

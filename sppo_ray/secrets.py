@@ -1,4 +1,4 @@
-"""Secrets: what counts as one, and how it stays out of configs, manifests, metrics, logs and messages.
+"""Secrets: what counts as one, and how it stays out of configs, manifests, metrics, messages and what this project logs.
 
 A secret belongs in the environment, where the library that needs it finds it. The config and the manifest lie in the run
 directory, which is made to be copied and shown.

@@ -49,19 +49,19 @@ def serialised(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def read_shard(path: Path) -> pa.Table | None:
+def shard_content(path: Path) -> bytes | None:
     """None if its bytes are not those of the hash in its name: it is set aside then (renamed .corrupt)."""
     content = path.read_bytes()
     if hash_of(content) == path.stem.split("-")[2]:
-        return pq.read_table(pa.BufferReader(content))
+        return content
     log.warning("ledger shard %s is damaged; set aside, its groups will be made again", path)
     path.rename(path.with_suffix(".corrupt"))
     return None
 
 
 def rows_of(path: Path) -> int:
-    """None of a file that was cut off, or set aside at this moment."""
+    """0 for a file that is damaged, or was set aside at this moment."""
     try:
         return int(pq.read_metadata(path).num_rows)
-    except (pa.ArrowInvalid, OSError):
+    except (pa.ArrowInvalid, OSError):  # OSError: what Arrow raises for a footer it cannot make out, too
         return 0

@@ -98,7 +98,7 @@ def _name(process: psutil.Process, run: psutil.Process) -> str | None:
         return "driver"
     title = " ".join(process.cmdline())
     if found := re.match(r"ray(?:::|-dashboard-)(\w+)", title):
-        return None if found[1] == "IDLE" else NAMED.get(found[1], found[1])
+        return None if found[1].startswith("IDLE") else NAMED.get(found[1], found[1])
     if process.name() in ("gcs_server", "raylet"):
         return process.name()
     scripts = [Path(part).name for part in process.cmdline() if part.endswith(".py")]

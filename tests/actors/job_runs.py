@@ -155,9 +155,10 @@ class Head:
             return json.load(answer)["data"]["result"]["result"]
 
     def alive(self) -> set[str]:
-        """Classes of the actors that live, Ray's own for jobs apart."""
+        """Classes of the actors that live, apart from those that Ray keeps for itself: for jobs, and for who shares the cluster."""
         living = (actor for actor in self.actors() if actor["state"] == "ALIVE")
-        return {actor["class_name"] for actor in living if not actor["name"].startswith("_ray_internal")}
+        kept = ("_ray_internal", "AutoscalingCoordinator")
+        return {actor["class_name"] for actor in living if not actor["name"].startswith(kept)}
 
 
 @contextmanager

@@ -182,7 +182,7 @@ def interrupted(whole, tmp_path_factory) -> Path:
     """A run ended by Ctrl-C while its second iteration is being sampled; leaves no process."""
     run_dir = tmp_path_factory.mktemp("runs") / "interrupted"
     process = sppo(*train(run_dir), *SLOW)
-    wait_for(lambda: shards(run_dir, 2) or process.poll() is not None)
+    wait_for(lambda: shards(run_dir, 2) >= 2 or process.poll() is not None)
     assert process.poll() is None, process.communicate()[0]
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
@@ -207,8 +207,12 @@ def test_a_copy_of_a_run_goes_on_elsewhere_with_two_ranks(whole, interrupted, tm
         one, other = (pq.read_table(folder / f"iter_2/{name}.parquet") for folder in (whole[0], run_dir))
         assert one.equals(other), name
     one, other = (load_file(folder / "iter_2/policy/model.safetensors") for folder in (whole[0], run_dir))
-    for name, tensor in one.items():  # two ranks sum in another order than one
-        assert torch.allclose(tensor, other[name], atol=1e-5), name
+    # Two ranks sum in another order than one; see test_rmsprop_agrees_over_ranks_and_stages.
+    found = torch.cat([(tensor - other[name]).abs().flatten() for name, tensor in one.items()])
+    assert found.max() < 1e-4
+    assert (found > 1e-6).float().mean() < 1e-3
+    assert "going on after iteration 1" in output
+    assert (run_dir / "logs/learner-1.log").exists()
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +236,8 @@ def test_an_interrupted_run_goes_on_as_a_ray_job_and_ends_the_same(whole, interr
     """From its directory alone, in which the end of a file is missing by now."""
     shard = min((interrupted / "iter_2/ledger").glob("shard-*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    job = head.submit("--resume", f"run.dir={interrupted}", "rollout.num_workers=2", "judge.num_workers=2")
+    faster = ("rollout.in_flight=8", "buffer.flush_s=0.2")
+    job = head.submit("--resume", f"run.dir={interrupted}", "rollout.num_workers=2", "judge.num_workers=2", *faster)
     assert job.returncode == 0, job.stdout + job.stderr
     assert "going on after iteration 1" in job.stdout
     assert "already in the ledger" in job.stdout

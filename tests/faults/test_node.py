@@ -19,6 +19,7 @@ def test_a_node_dies(whole, tmp_path):
     environ = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "a-token-for-this-test-of-thirty-two-characters",
+        "RAY_scheduler_spread_threshold": "0",  # workers on both nodes; by default a node is filled by half first
     }
     done = subprocess.run(
         command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True, timeout=2 * LIMIT_S, check=True

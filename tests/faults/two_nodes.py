@@ -1,6 +1,6 @@
 """A run on a cluster of two nodes, one of which is killed. A process of its own: `python two_nodes.py RUN_DIR overrides...`.
 
-The head holds little, so that half of the workers are on the other node; another node joins when that one is gone.
+Another node joins when that one is gone.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from groups import config
 
 from actors.tally import Tally
@@ -36,6 +37,17 @@ def test_a_claimed_directory_takes_the_same_config_again(tmp_path):
     assert manifest["fidelity"] == "paper"
     assert manifest["overrides_of_preset"]["learner.batch_size"] == {"preset": 64, "used": 4}
     assert manifest["versions"]["ray"]
+
+
+def test_a_run_begun_before_there_was_a_key_goes_on_with_its_default(tmp_path):
+    claim(config(tmp_path), {})
+    path = tmp_path / "config.yaml"
+    begun = yaml.safe_load(path.read_text())
+    del begun["evaluation"]["column"], begun["judge"]["allow_pickle"]
+    path.write_text(yaml.safe_dump(begun))
+    check_run_dir(config(tmp_path))
+    with pytest.raises(ConfigError, match=r"evaluation\.column was 'prompt', is 'text'"):
+        check_run_dir(config(tmp_path, evaluation__column="text"))
 
 
 def test_another_config_is_refused_by_key(tmp_path):
