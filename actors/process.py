@@ -27,6 +27,7 @@ def environment(gpus: bool, threads: int) -> dict[str, str]:
     one for each shape it meets: 400 MiB for a tiny policy, reached over thousands of groups.
     """
     common = {
+        "ARROW_DEFAULT_MEMORY_POOL": "system",  # its own pools keep what they freed: see give_memory_back
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",

@@ -3,7 +3,7 @@ every process and the object store, read at 5, 30 and 60 minutes.
 
     python scripts/bench/soak.py --minutes 5 30 60 --out runs/soak
 
-Exit code 1 if something has grown by more than --slack since the first reading (memory: and by a MiB), or if a process is not the
+Exit code 1 if something has grown by more than --slack since the first reading (memory: and by 2 MiB), or if a process is not the
 one it was: one that died of its leak would come back small.
 """
 
@@ -76,9 +76,10 @@ def _follow(run: psutil.Popen, minutes: list[float]) -> dict[float, Reading]:
 
 
 def read(run: psutil.Process) -> Reading:
-    """Of the driver and all processes under it, the median of a minute's readings: work comes in waves."""
+    """Of the driver and all processes under it, the median of three minutes' readings, which are more than an iteration: work
+    comes in waves."""
     found: dict[str, list[tuple[float, int, int, int]]] = {}
-    for _ in range(20):
+    for _ in range(60):
         for process in (run, *run.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 name, now = _name(process, run), process.memory_info()
@@ -125,7 +126,7 @@ def _grown(readings: dict[float, Reading], slack: float) -> list[str]:
                 found.append(f"{name}: is another process at {mark:g} minutes")
             found += [
                 f"{name}: {what} grew from {a:g} to {b:g} at {mark:g} minutes"
-                for what, a, b, least in zip(("MiB", "open files", "threads"), before, after, (1, 0, 0), strict=True)
+                for what, a, b, least in zip(("MiB", "open files", "threads"), before, after, (2, 0, 0), strict=True)
                 if b > a * (1 + slack) and b > a + least
             ]
     return found
