@@ -20,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
+from actors.cleaner import use_ending_cleaner
 from actors.process import assignment, begin, environment
 from actors.rank_pulse import Member, Watchman, start_pulse
 from actors.ranks import Ranks, Way
@@ -184,6 +185,7 @@ class LearnerActor:
         self._watchman = Watchman(config.learner.timeout_s, config.run.dir)
         # Ray Train ends ranks that do not answer, but names none: not before the watchman has.
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.learner.timeout_s + COLLECTIVE_GRACE_S)
+        use_ending_cleaner()
         watcher = ray.get_runtime_context().current_actor
         self._trainer = _trainer(config, layout, {"buffer": buffer, "hub": hub, "watcher": watcher})
 

@@ -1,0 +1,37 @@
+"""Ray Train's PlacementGroupCleaner, made to end.
+
+It is a detached actor that watches the controller and, when that has died, gives back its resources and exits. In Ray 2.60 it
+does not exit: it calls `exit_actor` in a thread of its own, which ends that thread alone. Every learner that was stopped or
+killed would leave a process behind on the cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+from ray.train.v2._internal.callbacks import placement_group_callback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller.placement_group_cleaner import PlacementGroupCleaner
+from ray.train.v2.api import data_parallel_trainer
+
+
+class EndingCleaner(PlacementGroupCleaner):  # type: ignore[misc]
+    def _exit(self) -> None:
+        if threading.current_thread() is self._monitor_thread:
+            os._exit(0)
+        super()._exit()
+
+
+class EndingCleanerCallback(PlacementGroupCleanerCallback):  # type: ignore[misc]
+    """Runs in the controller's process."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        placement_group_callback.PlacementGroupCleaner = EndingCleaner
+        super().after_controller_start(train_run_context)
+
+
+def use_ending_cleaner() -> None:
+    """For trainers that this process makes from now on."""
+    data_parallel_trainer.PlacementGroupCleanerCallback = EndingCleanerCallback
