@@ -1,8 +1,9 @@
 """Ray Train's PlacementGroupCleaner, made to end.
 
 It is a detached actor that watches the controller and, when that has died, gives back its resources and exits. In Ray 2.60 it
-does not exit: it calls `exit_actor` in a thread of its own, which ends that thread alone. Every learner that was stopped or
-killed would leave a process behind on the cluster.
+does not exit: it calls `exit_actor` in a thread of its own, which ends that thread alone. Nor does it watch if the controller
+died before its call to `start_monitoring` arrived. A learner that was stopped or killed would leave a process behind on the
+cluster.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from ray.train.v2.api import data_parallel_trainer
 
 
 class EndingCleaner(PlacementGroupCleaner):  # type: ignore[misc]
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.start_monitoring()
+
     def _exit(self) -> None:
         if threading.current_thread() is self._monitor_thread:
             os._exit(0)

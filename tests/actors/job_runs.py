@@ -116,10 +116,13 @@ def shards(run_dir: Path, iteration: int) -> int:
     return len(list((run_dir / f"iter_{iteration}/ledger").glob("shard-*.parquet")))
 
 
-def wait_for(condition: Callable[[], object], timeout: float = LIMIT_S) -> None:
+def wait_for(
+    condition: Callable[[], object], timeout: float = LIMIT_S, found: Callable[[], object] = lambda: ""
+) -> None:
+    """found: what the failure is to tell beside the condition."""
     end = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < end, f"not within {timeout:g} s: {inspect.getsource(condition).strip()}"
+        assert time.monotonic() < end, f"not in {timeout:g} s: {inspect.getsource(condition).strip()} {found()}"
         time.sleep(0.1)
 
 

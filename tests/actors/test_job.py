@@ -228,7 +228,8 @@ def test_a_stopped_job_leaves_no_actor_and_a_resumable_run(interrupted, head):
     wait_for(lambda: manifest(interrupted).get("resumed"))
     wait_for(lambda: head.alive() >= {"RolloutWorker", "JudgeWorker", "LearnerActor", "RayTrainWorker"})
     assert head.job("stop", "to-stop").returncode == 0
-    wait_for(lambda: not head.alive(), timeout=180)  # the learner's controller and ranks neither
+    # The learner's controller and ranks neither.
+    wait_for(lambda: not head.alive(), timeout=180, found=head.alive)
     assert manifest(interrupted)["status"] == "interrupted"
 
 
