@@ -2,8 +2,8 @@
 
 It is a detached actor that watches the controller and, when that has died, gives back its resources and exits. In Ray 2.60 it
 does not exit: it calls `exit_actor` in a thread of its own, which ends that thread alone. Nor does it watch if the controller
-died before its call to `start_monitoring` arrived. A learner that was stopped or killed would leave a process behind on the
-cluster.
+died before its call to `start_monitoring` arrived, or if there are two Rays on the machine: it looks for any, and finding two is
+an error that ends its thread. A learner that was stopped or killed would leave a process behind on the cluster.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import threading
 from typing import Any
 
+import ray
 from ray.train.v2._internal.callbacks import placement_group_callback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller.placement_group_cleaner import PlacementGroupCleaner
@@ -21,6 +22,7 @@ from ray.train.v2.api import data_parallel_trainer
 class EndingCleaner(PlacementGroupCleaner):  # type: ignore[misc]
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # of the Ray to ask: its own
         self.start_monitoring()
 
     def _exit(self) -> None:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 import queue
+from types import SimpleNamespace
 
 import pytest
+import ray
 from ray.train.v2._internal.execution.controller import placement_group_cleaner
 
 from actors.cleaner import EndingCleaner
 
 
-def test_it_ends_its_process_though_the_controller_died_before_asking_it_to_watch(monkeypatch: pytest.MonkeyPatch):
+def test_it_asks_its_own_ray_and_ends_though_the_controller_died_before_asking_it_to_watch(
+    monkeypatch: pytest.MonkeyPatch,
+):
     codes: queue.Queue[int] = queue.Queue()
+    asked: list[str] = []
+    monkeypatch.setenv("RAY_ADDRESS", "some other")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:1"))
     monkeypatch.setattr(os, "_exit", codes.put)
-    monkeypatch.setattr(placement_group_cleaner, "is_actor_alive", lambda **_: False)
+    monkeypatch.setattr(placement_group_cleaner, "is_actor_alive", lambda **_: asked.append(os.environ["RAY_ADDRESS"]))
     EndingCleaner("of a dead controller", check_interval_s=0.01, get_actor_timeout_s=1, stop_timeout=None)
     assert codes.get(timeout=60) == 0
+    assert asked == ["127.0.0.1:1"]
