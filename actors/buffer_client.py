@@ -52,8 +52,11 @@ class BufferClient:
     async def evaluated(self, iteration: int) -> None:
         await self._call("evaluated", iteration)
 
-    async def serving(self, publication: Publication, figures: Mapping[str, Any]) -> None:
-        await self._call("serving", publication, figures)
+    async def serving(self, version: int) -> None:
+        await self._call("serving", version)
+
+    async def record_publish(self, publication: Publication, figures: Mapping[str, Any]) -> None:
+        await self._call("record_publish", publication, figures)
 
     async def last_trained(self) -> TrainedIteration | None:
         return await self._call("last_trained")

@@ -128,9 +128,9 @@ class RolloutPool(Pool):
     ) -> Handle:
         return await self._workers.call_for_receipt("generate", prompt, sampling, iteration, epoch, protected)
 
-    async def score(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
-        logprobs: np.ndarray = await self._workers.call("score", prompt_ids, response_ids)
-        return logprobs
+    async def score(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> tuple[np.ndarray, int]:
+        scored: tuple[np.ndarray, int] = await self._workers.call("score", prompt_ids, response_ids)
+        return scored
 
     async def load(self, version: int) -> dict[str, dict[str, Any]]:
         """Returns version, checksum and seconds by worker. Each worker's own load has the time limit `weights.timeout_s`.

@@ -100,14 +100,14 @@ class RolloutWorker:
         group = ResponseGroup(prompt, iteration, responses, start, end, self.name, epoch)
         return group, self._count(group)
 
-    async def score(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
-        """float32 [T], nats: log pi(y_t | x, y_<t), full softmax at temperature 1, under the weights served.
+    async def score(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> tuple[np.ndarray, int]:
+        """float32 [T], nats: log pi(y_t | x, y_<t), full softmax at temperature 1, under the weights served; their version.
 
         prompt_ids int32 [P], response_ids int32 [T]; together at most the engine's context. Raises as generate does.
         """
         await self._catch_up()
         try:
-            return await self._engine.score(prompt_ids.tolist(), response_ids.tolist())
+            return await self._engine.score(prompt_ids.tolist(), response_ids.tolist()), self._engine.version
         except SppoError as error:
             self._exit_if_engine_died(error)
             raise WeightSyncError(f"{self.name}: {error}") from error

@@ -120,8 +120,12 @@ class BufferService:
         self._of_async().evaluated(iteration)
         await self._notify()
 
-    async def serving(self, publication: Publication, figures: Mapping[str, Any]) -> None:
-        """Record what is served, and let new groups be sampled from it."""
+    async def serving(self, version: int) -> None:
+        self._of_async().serve(version)
+        await self._notify()
+
+    async def record_publish(self, publication: Publication, figures: Mapping[str, Any]) -> None:
+        """A line of metrics."""
         await self._durably(
             self._metrics.write,
             {
@@ -135,8 +139,6 @@ class BufferService:
                 **figures,
             },
         )
-        self._of_async().serve(publication.version)
-        await self._notify()
 
     # Called by the learner.
 
@@ -252,13 +254,18 @@ class BufferService:
                 fresh = self._buffer.fresh([judged for judged, _ in batch])
                 self._buffer.accept(fresh, await self._durably(self._buffer.store, fresh))
             except Exception as error:  # noqa: BLE001 - handed to every waiting caller, which fails the run with it
-                for _, acknowledged in batch:
+                for acknowledged in _awaited(batch):
                     acknowledged.set_exception(error)
             else:
-                for _, acknowledged in batch:
+                for acknowledged in _awaited(batch):
                     acknowledged.set_result(None)
             await self._notify()
 
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+
+def _awaited(batch: Sequence[tuple[JudgedGroup, asyncio.Future[None]]]) -> list[asyncio.Future[None]]:
+    """Those whose callers still wait."""
+    return [acknowledged for _, acknowledged in batch if not acknowledged.done()]

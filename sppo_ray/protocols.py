@@ -44,8 +44,8 @@ class Rollout(Protocol):
         """
         ...
 
-    async def score(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
-        """float32 [T]: log pi(y_t | x, y_<t), nats, full softmax at temperature 1, under the weights served."""
+    async def score(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> tuple[np.ndarray, int]:
+        """float32 [T]: log pi(y_t | x, y_<t), nats, full softmax at temperature 1, under the weights served; their version."""
         ...
 
     @property
@@ -85,7 +85,7 @@ class Buffer(Protocol):
 
     async def admit(self, room: int) -> Sequence[Ticket]:
         """Waits until a group may be sampled without breaking the staleness bound: one to `room` tickets, oldest first.
-        None are left: an empty sequence, once every group of the run is on disk."""
+        None are left: an empty sequence, once every group of the run is in a batch."""
         ...
 
     async def resample(self, ticket: Ticket) -> None:
@@ -104,8 +104,12 @@ class Buffer(Protocol):
         """The iteration's policy was evaluated while it was served; until then nothing newer is published."""
         ...
 
-    async def serving(self, publication: Publication, figures: Mapping[str, Any]) -> None:
-        """Every rollout worker serves these weights; `figures` of the update go into the metrics."""
+    async def serving(self, version: int) -> None:
+        """Every rollout worker serves these weights: new groups may be sampled from them."""
+        ...
+
+    async def record_publish(self, publication: Publication, figures: Mapping[str, Any]) -> None:
+        """Of weights that are served; `figures` of the update go into the metrics with it."""
         ...
 
 

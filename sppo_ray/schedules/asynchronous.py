@@ -76,10 +76,11 @@ async def publishing(system: System, config: Config, watch: Watch, start: int, v
     while start < config.schedule.iterations:
         publication = await system.buffer.publication(after=version)
         workers = await system.rollout.load(publication.version)
+        await system.buffer.serving(publication.version)
         # The learner may have published again while the workers took turns: those that came later serve the newer one.
         same = all(worker["version"] == publication.version for worker in workers.values())
         figures = await mismatch(system, publication, config, watch) if same else {}
-        await system.buffer.serving(publication, {"workers": workers, **figures})
+        await system.buffer.record_publish(publication, {"workers": workers, **figures})
         version = publication.version
         if publication.ends_iteration:
             start = publication.iteration
@@ -98,8 +99,10 @@ async def mismatch(system: System, publication: Publication, config: Config, wat
     if (probe := publication.probe) is None:
         return {}
     pairs = zip(probe.prompt_ids, probe.response_ids, strict=True)
-    served = await asyncio.gather(*(system.rollout.score(prompt, response) for prompt, response in pairs))
-    found = compare(probe, served)
+    scored = await asyncio.gather(*(system.rollout.score(prompt, response) for prompt, response in pairs))
+    if any(version != publication.version for _, version in scored):
+        return {}  # by a worker that was started again, with what the hub holds by now
+    found = compare(probe, [logprobs for logprobs, _ in scored])
     alarm = not found["mean_abs_per_token"] <= config.objective.mismatch_alarm  # NaN alarms too
     if alarm:
         watch.alarm(

@@ -114,7 +114,7 @@ class RolloutPool:
             await asyncio.gather(*(worker.drained() for worker in self.workers))
             await asyncio.sleep(self.card.sleep_s)
 
-    async def score(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
+    async def score(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> tuple[np.ndarray, int]:
         raise NotImplementedError("objective.mismatch_groups is 0 in a simulation")
 
 

@@ -108,9 +108,9 @@ async def test_recorded_logprobs_are_of_the_full_softmax_at_temperature_one(
             assert response.token_logprobs.dtype == np.float32
             np.testing.assert_allclose(response.token_logprobs, taken, atol=1e-4)
             assert response.logprob == pytest.approx(taken.sum(dtype=np.float64), abs=1e-4)
-            np.testing.assert_allclose(
-                await worker.score.remote(prompt.token_ids, response.token_ids), taken, atol=1e-4
-            )
+            scored, version = await worker.score.remote(prompt.token_ids, response.token_ids)
+            np.testing.assert_allclose(scored, taken, atol=1e-4)
+            assert version == group.version_start
 
 
 async def test_a_worker_keeps_or_aborts_groups_as_configured(

@@ -79,7 +79,7 @@ class Fakes:
         pass
 
     async def score(self, prompt_ids, response_ids):
-        return np.full(len(response_ids), self.wrong_by, np.float32)
+        return np.full(len(response_ids), self.wrong_by, np.float32), self.version
 
     # Judge.
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from groups import config, prompt
+from groups import config, judged, prompt
 from self_play import Fakes
 
 from sppo_ray.errors import SppoError
 from sppo_ray.metrics import read_metrics
+from sppo_ray.protocols import Handle
 from sppo_ray.schedules import asynchronous, synchronous
 from sppo_ray.schedules.supervision import InFlight, supervised
 
@@ -151,6 +153,36 @@ async def test_a_mismatch_of_log_probabilities_is_reported_and_alarmed(tmp_path)
     assert all(line["mismatch_alarm"] and line["mismatch"]["mean_abs_per_token"] == 0.25 for line in lines)
 
 
+async def test_scores_of_other_weights_are_not_compared(tmp_path):
+    """A worker that was started again during the comparison serves what the hub holds by then."""
+    fakes = Fakes(async_config(tmp_path, objective__mismatch_alarm=0.2), SLICES, wrong_by=0.25)
+
+    async def score(prompt_ids, response_ids):
+        return np.full(len(response_ids), 0.25, np.float32), fakes.version + 1
+
+    fakes.score = score
+    await run_async(fakes)
+    assert fakes.alarms == []
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line.get("event") == "publish"]
+    assert lines
+    assert not any("mismatch" in line for line in lines)
+
+
+async def test_sampling_from_new_weights_does_not_wait_for_their_comparison(tmp_path):
+    fakes = Fakes(async_config(tmp_path, schedule__max_staleness=0), SLICES)
+    last = fakes.buffer._async.plan.last_version(3)  # nothing is sampled from it
+
+    async def score(prompt_ids, response_ids):
+        while fakes.version < last and all(entry[4] < fakes.version for entry in _of(fakes, "generate")):
+            await asyncio.sleep(0.001)
+        return np.zeros(len(response_ids), np.float32), fakes.version
+
+    fakes.score = score
+    await run_async(fakes)
+    served = [line["version"] for line in read_metrics(tmp_path / "metrics.jsonl") if line.get("event") == "publish"]
+    assert served == list(range(1, last + 1))
+
+
 async def test_a_learner_that_gives_up_ends_the_run_with_its_reason(tmp_path):
     fakes = Fakes(async_config(tmp_path), SLICES)
     await fakes.start()
@@ -158,6 +190,16 @@ async def test_a_learner_that_gives_up_ends_the_run_with_its_reason(tmp_path):
     await fakes.buffer.give_up("learner-0: the loss is not finite")
     with pytest.raises(SppoError, match="not finite"):
         await asyncio.wait_for(asynchronous.run(fakes.system, SLICES, fakes.config, fakes), timeout=60)
+
+
+async def test_a_caller_that_is_gone_keeps_nobody_from_the_acknowledgement(tmp_path):
+    service = Fakes(async_config(tmp_path), SLICES).buffer
+    names = [SLICES[0][ticket.index].prompt_id for ticket in await service.admit(2)]
+    gone, stays = (asyncio.create_task(service.add(Handle(judged(name), None))) for name in names)
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.wait_for(stays, timeout=60)
+    assert await service.held(1) == set(names)
 
 
 async def test_a_task_that_ends_early_is_named():
