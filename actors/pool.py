@@ -48,7 +48,7 @@ class Pool:
     @property
     def names(self) -> list[str]:
         """Workers that get calls, or will again after a restart."""
-        return [worker.name for worker in self._workers.all]
+        return [worker.name for worker in self._workers.living]
 
     @property
     def restarts(self) -> int:
@@ -67,8 +67,7 @@ class Pool:
         newcomer = Worker(name, actor, place, member=False)
         async with self._changing:
             await self._prepare(newcomer)
-            newcomer.member = True
-            self._workers.all.append(newcomer)
+            self._workers.join(newcomer)
 
     async def _rejoin(self, worker: Worker) -> None:
         """A worker that was started again: like a newcomer, and no publish may pass it by."""

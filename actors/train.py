@@ -23,6 +23,7 @@ from actors.process import give_memory_back
 from actors.tally import Tally
 from actors.weights import NAME as HUB
 from actors.workers import call
+from sppo_ray import scaling
 from sppo_ray.attempts import Attempts
 from sppo_ray.config import Config
 from sppo_ray.errors import SppoError
@@ -49,6 +50,8 @@ def train(config: Config, layout: Layout, checked: Preflight, console: Console) 
     facts = {"prompts": dataclasses.asdict(checked.prompts.report)}
     while attempts.more:
         with attempts.next(), connected(config, layout) as cluster, claimed(config, facts):
+            if attempts.begun == 1:
+                scaling.forget(Path(config.run.dir))
             if cluster.dashboard:
                 console.print(f"Ray dashboard: {cluster.dashboard} (namespace {cluster.namespace})", highlight=False)
             _run(config, layout, checked, console)

@@ -112,11 +112,21 @@ class Workers:
         elif self._watch.done():
             self._watch.result()
 
+    @property
+    def living(self) -> list[Worker]:
+        """Those that get calls, or will again after a restart."""
+        return [worker for worker in self.all if worker.gone is None]
+
+    def join(self, newcomer: Worker) -> None:
+        """It gets calls from now on. Those that never come back are forgotten: it may have the name of one."""
+        newcomer.member = True
+        self.all = [*self.living, newcomer]
+
     def retire(self, name: str) -> Worker:
         """Take a worker out for good: it gets no new calls. Raises ValueError for the last one."""
-        if [worker.name for worker in self.all] == [name]:
+        if [worker.name for worker in self.living] == [name]:
             raise ValueError(f"{name} is the last worker of its role")
-        (worker,) = (worker for worker in self.all if worker.name == name)
+        (worker,) = (worker for worker in self.living if worker.name == name)
         self.all.remove(worker)
         self._leaving.append(worker)
         worker.member = False
@@ -144,7 +154,7 @@ class Workers:
     async def on_each(self, method: str, *args: Any, limit_s: float | None = None) -> dict[str, Any]:
         """The method's result on every worker, by name; those that are gone are left out. Raises WorkerFailed. limit_s as
         in `on`."""
-        workers = [worker for worker in self.all if worker.gone is None]  # they may come and go meanwhile
+        workers = self.living  # they may come and go meanwhile
         calls = (self.on(worker, method, *args, limit_s=limit_s) for worker in workers)
         results = await asyncio.gather(*calls, return_exceptions=True)
         answers = {}

@@ -36,6 +36,7 @@ class Attempts:
 
     def __init__(self, root: Path, limit: int, say: Callable[[str], None], sleep: Callable[[float], None] = time.sleep):
         self.more = True
+        self.begun = 0  # attempts
         self._root, self._limit, self._say, self._sleep = root, limit, say, sleep
         self._idle = 0  # attempts in a row that got nothing done
         self._first: Exception | None = None  # what ended the first of them
@@ -43,6 +44,7 @@ class Attempts:
     @contextmanager
     def next(self) -> Iterator[None]:
         before = progress_of(self._root)
+        self.begun += 1
         try:
             yield
             self.more = False

@@ -40,7 +40,7 @@ class Schedule(Section):
     iterations: int = Field(3, ge=1)
     """Iterations t = 1..T of self-play: one slice of the prompts each."""
     max_staleness: int = Field(1, ge=0)
-    """async: a group is trained on at most this many published versions after the one it was sampled from."""
+    """async: a batch takes groups sampled from versions at most this much older than the one it is cut at."""
     batch_order: Literal["ready", "slice"] = "ready"
     """async: ready cuts each batch from the groups that are finished, oldest first, and samples every epoch anew;
     slice waits for the whole slice and takes sync's seeded order."""

@@ -115,7 +115,6 @@ def claim(config: Config, facts: dict[str, Any]) -> None:
         manifest |= kept | {"resumed": [*previous.get("resumed", []), _now()]}
     path = root / "manifest.json"
     storage.patiently("the manifest", path, lambda: write_json(path, hidden(manifest)))
-    (root / "scale.json").unlink(missing_ok=True)  # a run that goes on begins with the workers its config says
 
 
 def update_manifest(root: Path, storage: Storage | None = None, /, **facts: Any) -> None:

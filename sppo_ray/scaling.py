@@ -1,7 +1,7 @@
 """Desired numbers of rollout and judge workers of a running async job: `scale.json` in its run directory.
 
 `sppo scale` writes the file, the driver follows it (actors/fleet.py). Without it, and when
-the run is resumed, the config's num_workers hold.
+the run is resumed by its user, the config's num_workers hold.
 """
 
 from __future__ import annotations
@@ -78,6 +78,11 @@ def desired(root: Path, config: Config) -> Desired:
         raise ConfigError(f"{path} is not a pair of worker counts ({problems}); write it by `sppo scale`.") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}. Remove it, or write it by `sppo scale`.") from None
+
+
+def forget(root: Path) -> None:
+    """The config's counts hold again."""
+    (root / FILE).unlink(missing_ok=True)
 
 
 def refuse_impossible(config: Config, wanted: Desired) -> None:

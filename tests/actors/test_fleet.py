@@ -184,6 +184,22 @@ async def test_a_newcomer_that_cannot_start_ends_nothing(
     assert bench.rollout.names == ["rollout-0", "rollout-1"]
 
 
+async def test_a_worker_that_is_gone_for_good_is_not_counted(bench: Bench) -> None:
+    """It can be asked for again, and is never kept in place of one that works."""
+    await bench.fleet.scale(Desired(rollout=2, judge=1))
+    ray.kill(bench.actors["rollout-0"])  # this pool starts none again
+    await until(lambda: free("rollout-0"))
+    await asyncio.gather(*(bench.rollout.generate(PROMPT, GREEDY, 1) for _ in range(2)))
+    assert bench.rollout.names == ["rollout-1"]
+    await bench.fleet.scale(Desired(rollout=1, judge=1))  # as it is
+    assert (await bench.rollout.generate(PROMPT, GREEDY, 1)).receipt.worker == "rollout-1"
+    await bench.fleet.scale(Desired(rollout=2, judge=1))
+    assert sorted(bench.rollout.names) == ["rollout-0", "rollout-1"]
+    handles = await asyncio.gather(*(bench.rollout.generate(PROMPT, GREEDY, 1) for _ in range(2)))
+    assert {handle.receipt.worker for handle in handles} == {"rollout-0", "rollout-1"}
+    assert set(await bench.rollout.load(1)) == {"rollout-0", "rollout-1"}
+
+
 async def test_a_real_worker_joins_with_the_current_weights_and_leaves_without_a_trace(
     serving: Serving, base_weights: dict[str, torch.Tensor], prompts: list[Prompt], policy: Path
 ) -> None:

@@ -22,6 +22,7 @@ class Run:
         while self.attempts.more:
             with self.attempts.next():
                 self.begun += 1
+                assert self.attempts.begun == self.begun
                 next(bodies)()
 
 
