@@ -203,20 +203,23 @@ def _verdict(plan: Plan) -> Text:
 
 def _recommended(plan: Plan) -> Table:
     """Splits of the config's GPUs by simulated speed, its own among them."""
-    from sppo_ray.simulation.layouts import recommend  # with it the schedules and the buffer, which only this needs
+    # With it the schedules and the buffer, which only this needs.
+    from sppo_ray.simulation.layouts import recommend, with_split
     from sppo_ray.simulation.rates import RateCard
 
     config, policy = plan.config, plan.policy
     kv_bytes = kv_bytes_per_token(config, policy)
     card = RateCard(parameters=policy.parameters, kv_bytes_per_token=kv_bytes)
     own = (config.rollout.num_workers, config.learner.num_workers, config.judge.num_workers)
-    title = "Layouts by simulated speed, estimated at an A100's rates; the first is recommended"
+    title = "Layouts by simulated speed, estimated at an A100's rates; the first that fits is recommended"
     table = Table(title=title, title_justify="left")
-    for name in ("rollout", "learner", "judge", "groups/s", "learner idle", "slowest role"):
+    for name in ("rollout", "learner", "judge", "fits", "groups/s", "learner idle", "slowest role"):
         table.add_column(name, justify="right")
     for found in recommend(config, card, config.cluster.gpus, include=own):
         of_config = " (this config)" if found.split == own else ""
-        cells = *map(str, found.split), f"{found.groups_per_s:.2f}", f"{found.learner_idle:.0%}"
+        split = with_split(config, found.split, config.cluster.gpus)
+        fits = "yes" if estimate_memory(split, compute_layout(split), policy, plan.judge).fits else "no"
+        cells = *map(str, found.split), fits, f"{found.groups_per_s:.2f}", f"{found.learner_idle:.0%}"
         table.add_row(*cells, found.rates.slowest + of_config)
     return table
 

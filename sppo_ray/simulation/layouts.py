@@ -82,36 +82,43 @@ def _passes_s(lengths: NDArray[np.int32], learner: LearnerConfig, card: RateCard
     return sum(card.train_s(learner.micro_batch_size * 2 * int(tokens)) for tokens in longest)
 
 
-def splits(gpus: int) -> list[Split]:
-    """Every way to give each role at least one of `gpus`."""
-    return [(r, gpus - r - j, j) for r in range(1, gpus - 1) for j in range(1, gpus - r)]
+def splits(gpus: int, shared: bool = False) -> list[Split]:
+    """Every way to give each role at least one of `gpus`. shared: and those with a judge beside every rollout worker."""
+    apart = [(r, gpus - r - j, j) for r in range(1, gpus - 1) for j in range(1, gpus - r)]
+    return apart + ([(r, gpus - r, r) for r in range(1, gpus)] if shared else [])
 
 
-def with_split(config: Config, workers: Split) -> Config:
-    """The config with these numbers of workers, each on a GPU of its own."""
+def with_split(config: Config, workers: Split, gpus: int | None = None) -> Config:
+    """The config with these numbers of workers on so many GPUs: judges sit beside rollout workers if they are fewer than the
+    workers. None: each has its own."""
     rollout, learner, judge = workers
     return config.model_copy(
         update={
             "rollout": config.rollout.model_copy(update={"num_workers": rollout}),
             "learner": config.learner.model_copy(update={"num_workers": learner}),
             "judge": config.judge.model_copy(update={"num_workers": judge}),
-            "cluster": config.cluster.model_copy(update={"gpus": sum(workers), "layout": "disaggregated"}),
+            "cluster": config.cluster.model_copy(update={"gpus": gpus or sum(workers), "layout": "disaggregated"}),
         }
     )
 
 
+def split_rates(
+    config: Config, card: RateCard, workers: Split, gpus: int, quantiles: Sequence[float] = RESPONSE_TOKENS
+) -> Rates:
+    """Where judges sit beside rollout workers, their GPUs carry a group's sampling and its judging one after the other."""
+    found = role_rates(with_split(config, workers, gpus), card, quantiles)
+    if sum(workers) <= gpus:
+        return found
+    both = 1 / (1 / found.rollout + 1 / (found.judge * workers[0] / workers[2]))
+    return Rates(both, min(both, found.judge), found.learner)
+
+
 def shortlist(
-    config: Config, card: RateCard, gpus: int, quantiles: Sequence[float] = RESPONSE_TOKENS
+    config: Config, card: RateCard, gpus: int, quantiles: Sequence[float] = RESPONSE_TOKENS, shared: bool = False
 ) -> list[tuple[Split, Rates]]:
-    """The splits with the best bounds for the config's schedule, the best first."""
-    ranks = range(1, min(gpus - 2, config.learner.batch_size) + 1)
-    by_ranks = {n: role_rates(with_split(config, (1, n, 1)), card, quantiles) for n in ranks}
-
-    def rates(workers: Split) -> Rates:
-        unit = by_ranks[workers[1]]
-        return Rates(workers[0] * unit.rollout, workers[2] * unit.judge, unit.learner)
-
-    found = [(workers, rates(workers)) for workers in splits(gpus) if workers[1] in by_ranks]
+    """The splits with the best bounds for the config's schedule, the best first. shared: as in `splits`."""
+    candidates = [workers for workers in splits(gpus, shared) if workers[1] <= config.learner.batch_size]
+    found = [(workers, split_rates(config, card, workers, gpus, quantiles)) for workers in candidates]
     in_turns = config.schedule.mode == "sync"
     found.sort(key=lambda entry: entry[1].in_turns if in_turns else entry[1].bound, reverse=True)
     return found[:CANDIDATES]
@@ -124,14 +131,16 @@ def recommend(
     quantiles: Sequence[float] = RESPONSE_TOKENS,
     include: Split | None = None,
 ) -> list[Recommended]:
-    """The shortlisted splits of so many GPUs (and `include`), simulated over some updates, the fastest first."""
+    """The shortlisted splits of so many GPUs (and `include`), simulated over some updates, the fastest first. Judges that
+    share GPUs are considered if those of `include` do."""
     prompts = [UPDATES * config.learner.batch_size]
-    candidates = dict(shortlist(config, card, gpus, quantiles))
+    shared = include is not None and sum(include) > gpus
+    candidates = dict(shortlist(config, card, gpus, quantiles, shared))
     if include is not None and include not in candidates:
-        candidates[include] = role_rates(with_split(config, include), card, quantiles)
+        candidates[include] = split_rates(config, card, include, gpus, quantiles)
     found = []
     for workers, rates in candidates.items():
-        outcome = simulate(with_split(config, workers), prompts, card, quantiles)
+        outcome = simulate(with_split(config, workers, gpus), prompts, card, quantiles)
         fill_s = outcome.fill_s if config.schedule.mode == "async" else 0.0
         idle = (outcome.learner["idle"] * outcome.seconds - fill_s) / (outcome.seconds - fill_s)
         found.append(Recommended(workers, rates, outcome.groups / (outcome.seconds - fill_s), idle))

@@ -68,11 +68,12 @@ async def _run(
         prompts, rollout.responses_per_prompt, rollout.max_new_tokens, quantiles, seed, epochs
     )  # fmt: skip
     gpus = [Gpu() for _ in range(rollout.num_workers)]
-    colocated = config.cluster.layout == "colocated"
-    workers = [RolloutWorker(f"rollout-{n}", gpu, card, config) for n, gpu in enumerate(gpus)]
-    queues = [Queue(gpus[n] if colocated else Gpu()) for n in range(config.judge.num_workers)]
+    workers = rollout.num_workers + learner.num_workers + config.judge.num_workers
+    beside = config.cluster.layout == "colocated" or 0 < config.cluster.gpus < workers
+    rollouts = [RolloutWorker(f"rollout-{n}", gpu, card, config) for n, gpu in enumerate(gpus)]
+    queues = [Queue(gpus[n] if beside else Gpu()) for n in range(config.judge.num_workers)]
     service = BufferService(config, [[p.prompt_id for p in part] for part in work.prompts], inline)
-    pool, judges = RolloutPool(config, card, workers, work), JudgePool(config, card, queues)
+    pool, judges = RolloutPool(config, card, rollouts, work), JudgePool(config, card, queues)
     trainer = Learner(config, card, service, lambda version: setattr(pool, "hub", version))
     buffer = _Buffer(service)
     system = System(pool, judges, buffer, trainer, _Nobody())
@@ -83,16 +84,16 @@ async def _run(
     seconds = loop.time()
     await learning
     expected = Counter({(t, p.prompt_id): learner.epochs for t, part in enumerate(work.prompts, 1) for p in part})
-    sampling = sum(worker.engine.busy for worker in workers)
-    updating = sum(worker.updating_s for worker in workers)
+    sampling = sum(worker.engine.busy for worker in rollouts)
+    updating = sum(worker.updating_s for worker in rollouts)
     return Outcome(
         groups=sum(trainer.trained.values()),
         seconds=seconds,
-        rollout=_shares({"sampling": sampling, "updating": updating}, seconds * len(workers)),
+        rollout=_shares({"sampling": sampling, "updating": updating}, seconds * len(rollouts)),
         judge=_shares({"judging": sum(queue.busy for queue in queues)}, seconds * len(queues)),
         learner=_shares({"training": trainer.training_s, "publishing": trainer.publishing_s}, seconds),
         fill_s=trainer.first_step_at or 0.0,
-        running=sum(worker.engine.sequence_seconds for worker in workers) / sampling,
+        running=sum(worker.engine.sequence_seconds for worker in rollouts) / sampling,
         staleness=dict(sorted(trainer.staleness.items())),
         resampled=buffer.resampled,
         trained_once=trainer.trained == expected,

@@ -1,5 +1,6 @@
 """The rollout and judge workers as `protocols.Rollout` and `protocols.Judge`, with the pools' rules: least loaded first, an
-update of the weights a few workers at a time, `weights.pause` as in actors/pause.py."""
+update of the weights a few workers at a time, `weights.pause` as in actors/pause.py; but all groups of a worker are in its
+engine and drained with it, where the real one drains only those that found a place."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ class RolloutWorker:
     def __init__(self, name: str, gpu: Gpu, card: RateCard, config: Config) -> None:
         self.name, self.pause = name, config.weights.pause
         self.engine = Engine(gpu, card, config.rollout.max_num_seqs)
-        self.version = self.load_count = 0
+        self.version = 0
         self.loading = False
         self.load = 0  # calls in flight
         self.updating_s = 0.0  # spent on new weights, drained
@@ -76,7 +77,6 @@ class RolloutPool:
         self.hub = 0  # newest published version
         share = 1.0 if config.schedule.mode == "sync" else config.weights.at_once
         self._at_once = max(1, math.floor(share * len(workers)))
-        self.tokens = 0
 
     @property
     def slots(self) -> int:
@@ -92,7 +92,6 @@ class RolloutPool:
             version = await worker.generate(int(prompt.token_ids[0]), lengths.tolist(), protected)
         finally:
             worker.load -= 1
-        self.tokens += int(lengths.sum())
         group = ResponseGroup(prompt, iteration, _responses(lengths), version, version, worker.name, epoch)
         return Handle(group, Receipt(prompt.prompt_id, worker.name, int(lengths.sum()), 0, version, iteration, epoch))
 

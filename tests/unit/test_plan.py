@@ -118,14 +118,33 @@ def test_on_cpu_the_table_shows_cores_and_host_memory() -> None:
     assert "host, each node" in text
 
 
+def recommended(text: str) -> list[str]:
+    """Lines of the table of layouts."""
+    return [line for line in text.splitlines() if line.count("\u2502") == 8 and "%" in line]
+
+
+@pytest.mark.parametrize(("gpus", "own", "others"), [(2, (1, 1, 1), 0), (4, (2, 2, 1), 3)])
+def test_layouts_whose_judges_sit_beside_rollouts_are_compared_on_the_gpus_there_are(
+    gpus: int, own: tuple[int, int, int], others: int
+) -> None:
+    """More of those would not do: every one of the table is of so many GPUs."""
+    sections = FITTING | {"schedule": {"mode": "async"}, "learner": {"micro_batch_size": 2, "batch_size": 16}}
+    rows = recommended(shown(make_plan(gpu_config(gpus, own, sections), prompts=100)))
+    found = [tuple(int(cell) for cell in row.split("\u2502")[1:4]) for row in rows]
+    assert own in found
+    assert len(found) == 1 + others
+    assert all(sum(split) == gpus or split[0] + split[1] == gpus for split in found)
+
+
 def test_an_async_plan_recommends_a_layout_and_shows_its_own_beside_it() -> None:
     sections = FITTING | {"schedule": {"mode": "async"}, "learner": {"micro_batch_size": 2, "batch_size": 16}}
     # Six rollout workers for one learner rank: whatever the rates, the learner is what all wait for.
     text = shown(make_plan(gpu_config(8, (6, 1, 1), sections), prompts=100))
-    rows = [line for line in text.splitlines() if line.count("\u2502") == 7 and "%" in line]
+    rows = recommended(text)
     assert "this config" in rows[-1]
     assert "learner" in rows[-1]
     assert len(rows) == 4
-    speeds = [float(row.split("\u2502")[4]) for row in rows]
+    speeds = [float(row.split("\u2502")[5]) for row in rows]
     assert speeds == sorted(speeds, reverse=True)
+    assert all(row.split("\u2502")[4].strip() in ("yes", "no") for row in rows)
     assert "recommended" not in shown(make_plan(gpu_config(8, sections=FITTING)))

@@ -11,7 +11,7 @@ from groups import config
 from sppo_ray.errors import SppoError
 from sppo_ray.simulation.clock import run_virtual
 from sppo_ray.simulation.gpu import Engine, Gpu, Queue
-from sppo_ray.simulation.layouts import role_rates, splits
+from sppo_ray.simulation.layouts import role_rates, split_rates, splits, with_split
 from sppo_ray.simulation.rates import RateCard
 from sppo_ray.simulation.run import simulate
 from sppo_ray.simulation.workload import make_workload
@@ -171,3 +171,17 @@ def test_lengths_are_drawn_from_the_table_and_alike_within_a_group() -> None:
 def test_splits_give_every_role_a_gpu() -> None:
     assert splits(4) == [(1, 2, 1), (1, 1, 2), (2, 1, 1)]
     assert all(sum(split) == 8 and min(split) >= 1 for split in splits(8))
+    assert splits(2) == []
+    assert splits(2, shared=True) == [(1, 1, 1)]
+    assert splits(4, shared=True)[3:] == [(1, 3, 1), (2, 2, 2), (3, 1, 3)]
+
+
+def test_a_judge_beside_a_rollout_worker_takes_its_time(tmp_path) -> None:
+    """One GPU that samples and judges is as slow as both together; a GPU more, and only the slower of the two counts."""
+    made = small(tmp_path, schedule__max_staleness=4, rollout__max_num_seqs=512)
+    card = replace(RateCard(), judge_pairs_per_s=20.0)
+    apart, beside = (simulate(with_split(made, (1, 1, 1), gpus), [400], card) for gpus in (3, 2))
+    bounds = [split_rates(made, card, (1, 1, 1), gpus) for gpus in (3, 2)]
+    assert 1 / bounds[1].rollout == pytest.approx(1 / bounds[0].rollout + 1 / bounds[0].judge)
+    assert beside.seconds > 1.2 * apart.seconds
+    assert beside.groups_per_s < 1.05 * bounds[1].bound
