@@ -26,15 +26,16 @@ class AsyncRun(RuleBasedStateMachine):
         batch=st.integers(1, 3),
         epochs=st.integers(1, 2),
         order=st.sampled_from(["ready", "ready", "slice"]),
+        resamples=st.sampled_from([1, 2, 100]),
     )
-    def begin(self, staleness, every, sizes, batch, epochs, order):
+    def begin(self, staleness, every, sizes, batch, epochs, order, resamples):
         self.dir = Path(tempfile.mkdtemp())
         self.config = config(
             self.dir,
             schedule__mode="async",
             schedule__iterations=len(sizes),
             schedule__max_staleness=staleness,
-            schedule__max_resamples=100,
+            schedule__max_resamples=resamples,
             schedule__batch_order=order,
             weights__publish_every="slice" if order == "slice" else every,
             learner__batch_size=batch,
@@ -44,6 +45,7 @@ class AsyncRun(RuleBasedStateMachine):
         )
         self.slices = [[f"{t}-{n}" for n in range(size)] for t, size in enumerate(sizes, start=1)]
         self.batches = {}  # step -> rows, as first handed out
+        self.checkpoints = set()  # steps after which the learner's state was kept
         self.loosest = staleness
         self.resume()
 
@@ -51,11 +53,15 @@ class AsyncRun(RuleBasedStateMachine):
         self.buffer = AsyncBuffer(self.config, self.slices)
         self.running = []
         self.exhausted = False
+        # The hub's and the rollout workers', of the last policy; a learner that goes on from a later checkpoint publishes.
+        self.version = self.served = self.buffer.plan.version_at(self.buffer.resume_point().step)
         self.restart_learner()
-        self.version = self.served = self.buffer.plan.version_at(self.step)  # learner's and the rollout workers'
 
     def restart_learner(self):
-        self.step = self.buffer.resume_point().step
+        point = self.buffer.resume_point()
+        if point.up_to is not None:
+            self.checkpoints = {step for step in self.checkpoints if step <= point.up_to}
+        self.step = max({point.step, *(step for step in self.checkpoints if step > point.step)})
 
     # What may happen, in any order.
 
@@ -67,6 +73,8 @@ class AsyncRun(RuleBasedStateMachine):
         self.exhausted = self.buffer.admission.exhausted
         for ticket in tickets:
             assert ticket.number not in {other.number for other, _ in self.running}
+            assert ticket.number < self.trained_through(self.served + self.config.schedule.max_staleness)
+            assert ticket.protected == (ticket.resamples >= self.config.schedule.max_resamples)
             self.running.append((ticket, self.served))
 
     @rule(data=st.data())
@@ -81,9 +89,12 @@ class AsyncRun(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def abort(self, data):
-        if self.running:
-            ticket, _ = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
-            self.buffer.resample(ticket)
+        """By a publish: the worker finishes those that are protected."""
+        at_risk = [entry for entry in self.running if not entry[0].protected]
+        if at_risk:
+            entry = at_risk[data.draw(st.integers(0, len(at_risk) - 1))]
+            self.running.remove(entry)
+            self.buffer.resample(entry[0])
 
     @rule()
     def learn(self):
@@ -105,6 +116,10 @@ class AsyncRun(RuleBasedStateMachine):
             self.buffer.release(t)
 
     @rule()
+    def checkpoint(self):
+        self.checkpoints.add(self.step)
+
+    @rule()
     def learner_dies(self):
         self.restart_learner()
 
@@ -123,15 +138,19 @@ class AsyncRun(RuleBasedStateMachine):
         """Groups accepted or running never exceed what all updates at versions up to served + bound train on."""
         if not hasattr(self, "buffer"):
             return
-        plan = self.buffer.plan
         out = {ticket.number for ticket, _ in self.running}
         for t in range(1, len(self.slices) + 1):
             out |= set(self.buffer._versions(t, self.buffer._table(t)))
-        bound = max(self.served, self.reached()) + self.loosest
-        assert (
-            len(out) <= sum(plan.place(step).size for step in range(plan.steps) if plan.place(step).version <= bound)
-            or self.config.schedule.batch_order == "slice"
-        )
+        assert len(out) <= self.trained_through(self.reached() + self.loosest)  # whatever the bound was before
+        assert self.buffer.resamples["most_resamples"] <= self.config.schedule.max_resamples
+
+    def trained_through(self, version):
+        """Groups that all updates at versions up to this one train on, counted one by one."""
+        plan = self.buffer.plan
+        if self.config.schedule.batch_order == "slice":
+            starts = (plan.version_at(plan.first_step(t)) for t in range(1, len(self.slices) + 1))
+            return sum(len(part) for part, start in zip(self.slices, starts, strict=True) if start <= version)
+        return sum(plan.place(step).size for step in range(plan.steps) if plan.place(step).version <= version)
 
     def reached(self):
         """The newest version that was served before everything died."""
