@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -21,7 +22,6 @@ from tests.actors.job_runs import (
     metric_names,
     metrics,
     sppo,
-    steps,
     train,
     unexplained,
     wait_for,
@@ -62,19 +62,20 @@ def learner_rank(driver: int) -> psutil.Process:
     return rank
 
 
-def joined(run_dir):
-    return any(line.get("event") == "scale" for line in read_metrics(run_dir / "metrics.jsonl"))
+def events(run_dir, kind):
+    """Lines so far, also while the run goes on."""
+    return [line for line in read_metrics(run_dir / "metrics.jsonl") if line.get("event") == kind]
 
 
 @pytest.fixture(scope="module")
 def streamed(tmp_path_factory):
-    """Two passes over the prompts, a publish per update, two rollout workers; a judge joins while it runs."""
+    """Two passes over the prompts, a publish per update; a rollout worker and a judge join while it runs."""
     run_dir = tmp_path_factory.mktemp("runs") / "streamed"
     slow = ("rollout.in_flight=1", "buffer.flush_s=0.2")  # time enough to stop the learner in the middle
-    faster = ("learner.epochs=2", "weights.publish_every=1", "rollout.num_workers=2")
-    process = sppo(*train(run_dir, "tiny_cpu_async"), *faster, *slow)
+    often = ("learner.epochs=2", "weights.publish_every=1")
+    process = sppo(*train(run_dir, "tiny_cpu_async"), *often, *slow)
     try:
-        wait_for(lambda: steps(run_dir) or process.poll() is not None)
+        wait_for(lambda: events(run_dir, "publish") or process.poll() is not None)
         assert process.poll() is None, process.communicate()[0]
         scaled = scale_while_it_waits(process, run_dir)
         output, _ = process.communicate(timeout=LIMIT_S)
@@ -86,13 +87,13 @@ def streamed(tmp_path_factory):
 
 
 def scale_while_it_waits(process, run_dir):
-    """The learner stands still until the new judge serves: without it the run cannot come to its end before."""
-    scale = [sys.executable, "-m", "sppo_ray", "scale", "--run", str(run_dir), "judge=+1"]
+    """The learner stands still until the new workers serve: without it the run cannot come to its end before."""
+    scale = [sys.executable, "-m", "sppo_ray", "scale", "--run", str(run_dir), "rollout=+1", "judge=+1"]
     rank = learner_rank(process.pid)
     rank.suspend()
     try:
         scaled = subprocess.run(scale, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-        wait_for(lambda: joined(run_dir) or scaled.returncode or process.poll() is not None)
+        wait_for(lambda: len(events(run_dir, "scale")) == 2 or scaled.returncode or process.poll() is not None)
     finally:
         with suppress(psutil.NoSuchProcess):
             rank.resume()
@@ -118,8 +119,10 @@ def test_every_version_is_served_by_every_worker_with_the_learner_s_checksum(str
     versions = [line["version"] for line in served]
     assert versions == sorted(set(versions))
     assert versions[-1] == 12  # 2 slices x 2 epochs x 3 batches
+    joins = [set(line["workers"]) for line in served]
+    assert (joins[0], joins[-1]) == ({"rollout-0"}, {"rollout-0", "rollout-1"})
+    assert all(before <= after for before, after in itertools.pairwise(joins))
     for line in served:
-        assert set(line["workers"]) == {"rollout-0", "rollout-1"}
         newer = {worker["checksum"] for worker in line["workers"].values() if worker["version"] > line["version"]}
         assert {worker["checksum"] for worker in line["workers"].values()} - newer <= {line["checksum"]}
     compared = [line for line in served if "mismatch" in line]  # engine against learner, where all serve one version
@@ -147,9 +150,10 @@ def test_every_metric_is_explained_and_there_is_none_but_these(whole, streamed):
         assert any(of == event and re.fullmatch(pattern, other) for of, other in written), name
 
 
-def test_a_judge_joined_while_it_ran(streamed):
+def test_a_rollout_worker_and_a_judge_joined_while_it_ran(streamed):
     run_dir, output = streamed
     assert "judge-1 joins" in output
-    assert [(line["role"], line["workers"]) for line in metrics(run_dir) if line.get("event") == "scale"] == [
-        ("judge", 2)
-    ]
+    assert "rollout-1 joins" in output
+    scaled = [(line["role"], line["workers"]) for line in metrics(run_dir) if line.get("event") == "scale"]
+    assert sorted(scaled) == [("judge", 2), ("rollout", 2)]
+    assert "rollout-1 serves version" in (run_dir / "logs/rollout-1.log").read_text()
