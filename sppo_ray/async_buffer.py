@@ -50,7 +50,7 @@ class AsyncBuffer(TrainingBuffer):
         self.plan = StepPlan(config, [len(part) for part in slices])
         self._ready_order = config.schedule.batch_order == "ready"
         super().__init__(config)
-        if config.schedule.batch_order == "ready":
+        if self._ready_order:
             self._reference_beforehand = False
         self._examples: dict[int, TrainingExample] = {}  # by ticket: ready, or in one of the last batches
         self._batches: dict[int, CutBatch] = {}  # by step, of the iteration in training
