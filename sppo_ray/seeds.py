@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
+from sppo_ray.config import Config
+from sppo_ray.types import Prompt, Sampling
+
 REFERENCE_SPACING = 50  # the authors' scripts/generate.sh: one seed per response, 0, 50, 100, ...
 
 
@@ -27,3 +30,10 @@ def sampling_seeds(
         derive("sample", run_seed, iteration, prompt_id, *again) // 1024 * 1024
     )  # room for K: ranges never half-overlap
     return tuple(first + i for i in range(k))
+
+
+def sampling_of(prompt: Prompt, config: Config, iteration: int, epoch: int = 0) -> Sampling:
+    """How the prompt is sampled in a pass over its slice; the first is the same in sync and async."""
+    rollout, k = config.rollout, config.rollout.responses_per_prompt
+    seeds = sampling_seeds(rollout.seeds, config.run.seed, iteration, prompt.prompt_id, k, epoch)
+    return Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens, seeds)

@@ -20,8 +20,8 @@ from sppo_ray.errors import GroupAborted
 from sppo_ray.mismatch import compare
 from sppo_ray.protocols import System, Watch
 from sppo_ray.schedules.supervision import InFlight, again_if_lost, supervised
-from sppo_ray.seeds import sampling_seeds
-from sppo_ray.types import Prompt, Publication, Sampling, Ticket
+from sppo_ray.seeds import sampling_of
+from sppo_ray.types import Prompt, Publication, Ticket
 
 Slices = Sequence[Sequence[Prompt]]
 
@@ -50,7 +50,7 @@ async def sampling(system: System, slices: Slices, config: Config, watch: Watch)
 @again_if_lost
 async def self_play(system: System, prompt: Prompt, ticket: Ticket, config: Config, watch: Watch) -> None:
     """One group, from prompt to disk."""
-    sampling = sampling_of(prompt, ticket, config)
+    sampling = sampling_of(prompt, config, ticket.iteration, ticket.epoch)
     try:
         group = await system.rollout.generate(prompt, sampling, ticket.iteration, ticket.epoch, ticket.protected)
     except GroupAborted:
@@ -112,11 +112,3 @@ async def mismatch(system: System, publication: Publication, config: Config, wat
         )
     figures = {name: value if math.isfinite(value) else None for name, value in found.items()}  # JSON has no NaN
     return {"mismatch": figures, "mismatch_alarm": alarm}
-
-
-def sampling_of(prompt: Prompt, ticket: Ticket, config: Config) -> Sampling:
-    """As in sync for the first pass over a slice; later passes draw other noise."""
-    rollout = config.rollout
-    k = rollout.responses_per_prompt
-    seeds = sampling_seeds(rollout.seeds, config.run.seed, ticket.iteration, prompt.prompt_id, k, ticket.epoch)
-    return Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens, seeds)

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from sppo_ray.config import Config
 from sppo_ray.protocols import System, Watch
 from sppo_ray.schedules.supervision import again_if_lost
-from sppo_ray.seeds import sampling_seeds
-from sppo_ray.types import Prompt, Sampling
+from sppo_ray.seeds import sampling_of
+from sppo_ray.types import Prompt
 
 
 async def run(system: System, slices: Sequence[Sequence[Prompt]], config: Config, watch: Watch, start: int = 0) -> None:
@@ -44,7 +44,7 @@ async def sample_and_judge(system: System, prompts: Sequence[Prompt], t: int, co
 
     @again_if_lost
     async def self_play(prompt: Prompt) -> None:
-        group = await system.rollout.generate(prompt, sampling_of(prompt, t, config), t)
+        group = await system.rollout.generate(prompt, sampling_of(prompt, config, t), t)
         watch.sampled(group.receipt)
         judged = await system.judge.judge(group)
         await system.buffer.add(judged)
@@ -57,9 +57,3 @@ async def sample_and_judge(system: System, prompts: Sequence[Prompt], t: int, co
     async with asyncio.TaskGroup() as lanes:  # the first lane that fails cancels the others and is raised
         for _ in range(config.rollout.in_flight * config.rollout.num_workers):
             lanes.create_task(lane())
-
-
-def sampling_of(prompt: Prompt, t: int, config: Config) -> Sampling:
-    rollout = config.rollout
-    seeds = sampling_seeds(rollout.seeds, config.run.seed, t, prompt.prompt_id, rollout.responses_per_prompt)
-    return Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens, seeds)

@@ -85,7 +85,6 @@ class Engine(Process):
         super().__init__(gpu)
         self.card, self.max_running = card, max_running
         self.held = False  # an update of the weights holds running sequences still
-        self.sequence_seconds = 0.0  # for the mean number of running sequences
         self._position = 0.0  # tokens that a sequence would have got that runs from the beginning
         self._running: list[tuple[float, int, int, _Group]] = []  # heap: (position at its end, number, tokens, group)
         self._waiting: deque[tuple[int, _Group]] = deque()
@@ -124,7 +123,6 @@ class Engine(Process):
         prefill = min(seconds, self._prefill)
         self._prefill -= prefill
         self._position += (seconds - prefill) / self._step_s()
-        self.sequence_seconds += seconds * len(self._running)
 
     def finish(self) -> None:
         while self._running and self._running[0][0] <= self._position + NEARLY:

@@ -32,7 +32,6 @@ class Outcome:
     judge: dict[str, float]  # judging, idle
     learner: dict[str, float]  # training, publishing (saving and taking turns too), idle
     fill_s: float  # until the first update
-    running: float  # mean running sequences of an engine that has work
     staleness: dict[int, int]  # groups trained by staleness
     resampled: int
     trained_once: bool  # every group of the run was trained on exactly once
@@ -93,7 +92,6 @@ async def _run(
         judge=_shares({"judging": sum(queue.busy for queue in queues)}, seconds * len(queues)),
         learner=_shares({"training": trainer.training_s, "publishing": trainer.publishing_s}, seconds),
         fill_s=trainer.first_step_at or 0.0,
-        running=sum(worker.engine.sequence_seconds for worker in rollouts) / sampling,
         staleness=dict(sorted(trainer.staleness.items())),
         resampled=buffer.resampled,
         trained_once=trainer.trained == expected,
