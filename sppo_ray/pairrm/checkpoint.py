@@ -35,6 +35,7 @@ SOURCE_MAX_TOKENS, CANDIDATE_MAX_TOKENS = 1224, 412
 MIN_TOKENS = 4  # [CLS] prefix token [SEP]
 EMBEDDING = "pretrained_model.embeddings.word_embeddings.weight"
 HEAD = ("head_layer.1.weight", "head_layer.1.bias", "head_layer.4.weight", "head_layer.4.bias")
+LAYERS, WIDTH = "pretrained_model.encoder.layer.", ".intermediate.dense.weight"
 TOKENIZER_FILES = ("tokenizer.json", "spm.model")
 PICKLE = "pytorch_model.bin"
 
@@ -246,11 +247,25 @@ def _check_weights(folder: Path, config: Mapping[str, Any], weights: tuple[Path,
     if shapes[HEAD[0]] != [hidden, 2 * hidden] or config.get("hidden_size", hidden) != hidden:
         found = f"the head is {shapes[HEAD[0]]}, {shapes[HEAD[2]]} for hidden_size {config.get('hidden_size', hidden)}"
         refuse(folder, found, "config.json and weights are of different models: copy both from one checkpoint")
+    _check_layers(folder, config, shapes)
     largest = max(_number(folder, config, key) or 0 for key in PREFIX_TOKENS.values())
     if largest >= rows:
         found = f"the embedding has {rows} rows, but a prefix token has id {largest}"
         refuse(folder, found, "Tokenizer and weights are of different models: copy both from one checkpoint")
     return hidden, rows
+
+
+def _check_layers(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> None:
+    """Their number and width. Layout `blender` tells neither: they are in the backbone's config, and are checked on loading."""
+    widths = [shape[0] for key, shape in shapes.items() if key.startswith(LAYERS) and key.endswith(WIDTH) and shape]
+    for key, found in (("num_hidden_layers", len(widths)), *(("intermediate_size", width) for width in widths)):
+        said = _number(folder, config, key)
+        if said is not None and said != found:
+            refuse(
+                folder,
+                f"its config.json says {key}={said}, its weights have {found}",
+                "config.json and weights are of different models: copy both from one checkpoint",
+            )
 
 
 def refuse(folder: str | Path, found: str, remedy: str) -> NoReturn:

@@ -108,6 +108,8 @@ REFUSALS = {
     ),
     "head": (lambda f: edit_weights(f, lambda s: s.pop("head_layer.4.weight")), r"lack head_layer\.4\.weight"),
     "head size": (lambda f: factory.edit_config(f, hidden_size=64), "for hidden_size 64"),
+    "layers": (lambda f: factory.edit_config(f, num_hidden_layers=7), "num_hidden_layers=7, its weights have 2"),
+    "width": (lambda f: factory.edit_config(f, intermediate_size=17), "intermediate_size=17, its weights have"),
     "embedding": (lambda f: edit_weights(f, lambda s: s.update({EMBEDDING: s[EMBEDDING][:9]})), "embedding has 9 rows"),
 }
 
