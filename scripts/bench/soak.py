@@ -25,7 +25,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 # Many short iterations of several passes each: everything that happens in a run, evaluations and saving too, happens often. The
 # policy hardly moves, so that its answers stay as long as they are: longer ones need more memory, and are no leak.
-LONG = ("schedule.iterations=48", "learner.epochs=48", "learner.checkpoint_every=8", "learner.learning_rate=1e-9")
+LONG = ("schedule.iterations=96", "learner.epochs=48", "learner.checkpoint_every=8", "learner.learning_rate=1e-9")
 NAMED = {
     "RolloutWorker": "rollout",
     "JudgeWorker": "judge",
