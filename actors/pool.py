@@ -152,7 +152,7 @@ class RolloutPool(Pool):
         errors = [result for result in results if isinstance(result, BaseException)]
         _raise_together([error for error in errors if not isinstance(error, WorkerLost)])
         loaded = {w.name: figures for w, figures in zip(workers, results, strict=True) if isinstance(figures, dict)}
-        if absent := [name for name in self.names if name not in loaded]:
+        if absent := [worker.name for worker in self._workers.all if worker.name not in loaded]:
             logger.warning("version %d is served without %s", version, ", ".join(absent))
         return loaded
 

@@ -126,7 +126,7 @@ class Workers:
         """Take a worker out for good: it gets no new calls. Raises ValueError for the last one."""
         if [worker.name for worker in self.living] == [name]:
             raise ValueError(f"{name} is the last worker of its role")
-        (worker,) = (worker for worker in self.living if worker.name == name)
+        (worker,) = (worker for worker in self.all if worker.name == name)
         self.all.remove(worker)
         self._leaving.append(worker)
         worker.member = False
