@@ -9,6 +9,7 @@ an error that ends its thread. A learner that was stopped or killed would leave 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from typing import Any
 
@@ -26,9 +27,12 @@ class EndingCleaner(PlacementGroupCleaner):  # type: ignore[misc]
         self.start_monitoring()
 
     def _exit(self) -> None:
-        if threading.current_thread() is self._monitor_thread:
+        if threading.current_thread() is not self._monitor_thread:
+            super()._exit()
+        elif self._stop_event.is_set():
+            sys.exit()  # this thread; the one that asked it to stop exits the actor, as Ray expects
+        else:
             os._exit(0)
-        super()._exit()
 
 
 class EndingCleanerCallback(PlacementGroupCleanerCallback):  # type: ignore[misc]

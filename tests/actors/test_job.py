@@ -46,6 +46,7 @@ def test_the_run_directory_is_complete(whole):
     run_dir, output = whole
     assert "Held-out evaluation, 6 prompts" in output
     assert str(run_dir) in output
+    assert "worker died" not in output  # Ray tells of every process that ends unexpectedly
     minutes, seconds = map(int, re.search(r"^this took (\d+) min (\d+) s$", output, re.MULTILINE).groups())
     # The packages' chatter is in the log files; our own progress is a line every ten seconds.
     assert len(output.splitlines()) < 60 + (60 * minutes + seconds) / 10, output
@@ -260,3 +261,5 @@ def test_an_interrupted_run_goes_on_as_a_ray_job_and_ends_the_same(whole, interr
             assert one.equals(other), (t, name)
         weights = [(f / f"iter_{t}/policy/model.safetensors").read_bytes() for f in (whole[0], interrupted)]
         assert weights[0] == weights[1]
+    assert "worker died" not in job.stdout + job.stderr  # Ray tells of every process that ends unexpectedly
+    wait_for(lambda: not head.alive(), timeout=180, found=head.alive)
