@@ -23,6 +23,7 @@ from ray.train.v2.api import data_parallel_trainer
 class EndingCleaner(PlacementGroupCleaner):  # type: ignore[misc]
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
+        os.environ.pop("RAY_API_SERVER_ADDRESS", None)  # Ray heeds it first
         os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # of the Ray to ask: its own
         self.start_monitoring()
 

@@ -92,7 +92,11 @@ class Fleet:
             raise
 
     async def _remove(self, role: ScaledRole, name: str) -> None:
-        actor = await self._pools[role].remove(name)
+        try:
+            actor = await self._pools[role].remove(name)
+        except ValueError as error:  # the others died meanwhile
+            self._report(f"{name} stays: {error}")
+            return
         if role == "rollout":  # its engine may have processes of its own
             try:
                 await asyncio.wait_for(actor.shutdown.remote(), SHUTDOWN_LIMIT_S)

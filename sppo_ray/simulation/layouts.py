@@ -106,11 +106,16 @@ def split_rates(
     config: Config, card: RateCard, workers: Split, gpus: int, quantiles: Sequence[float] = RESPONSE_TOKENS
 ) -> Rates:
     """Where judges sit beside rollout workers, their GPUs carry a group's sampling and its judging one after the other."""
-    found = role_rates(with_split(config, workers, gpus), card, quantiles)
+    return _scaled(role_rates(with_split(config, (1, workers[1], 1)), card, quantiles), workers, gpus)
+
+
+def _scaled(one: Rates, workers: Split, gpus: int) -> Rates:
+    """From the rates of one rollout worker and one judge beside as many ranks."""
+    rollout, _, judge = workers
     if sum(workers) <= gpus:
-        return found
-    both = 1 / (1 / found.rollout + 1 / (found.judge * workers[0] / workers[2]))
-    return Rates(both, min(both, found.judge), found.learner)
+        return Rates(rollout * one.rollout, judge * one.judge, one.learner)
+    both = rollout / (1 / one.rollout + 1 / one.judge)
+    return Rates(both, min(both, judge * one.judge), one.learner)
 
 
 def shortlist(
@@ -118,7 +123,8 @@ def shortlist(
 ) -> list[tuple[Split, Rates]]:
     """The splits with the best bounds for the config's schedule, the best first. shared: as in `splits`."""
     candidates = [workers for workers in splits(gpus, shared) if workers[1] <= config.learner.batch_size]
-    found = [(workers, split_rates(config, card, workers, gpus, quantiles)) for workers in candidates]
+    by_ranks = {n: role_rates(with_split(config, (1, n, 1)), card, quantiles) for n in {w[1] for w in candidates}}
+    found = [(workers, _scaled(by_ranks[workers[1]], workers, gpus)) for workers in candidates]
     in_turns = config.schedule.mode == "sync"
     found.sort(key=lambda entry: entry[1].in_turns if in_turns else entry[1].bound, reverse=True)
     return found[:CANDIDATES]

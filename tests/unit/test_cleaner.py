@@ -19,12 +19,14 @@ def test_it_asks_its_own_ray_and_ends_though_the_controller_died_before_asking_i
     codes: queue.Queue[int] = queue.Queue()
     asked: list[str] = []
     monkeypatch.setenv("RAY_ADDRESS", "some other")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://some.other")
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:1"))
     monkeypatch.setattr(os, "_exit", codes.put)
     monkeypatch.setattr(placement_group_cleaner, "is_actor_alive", lambda **_: asked.append(os.environ["RAY_ADDRESS"]))
     EndingCleaner("of a dead controller", check_interval_s=0.01, get_actor_timeout_s=1, stop_timeout=None)
     assert codes.get(timeout=60) == 0
     assert asked == ["127.0.0.1:1"]
+    assert "RAY_API_SERVER_ADDRESS" not in os.environ
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # SystemExit, which ends a thread
