@@ -104,7 +104,10 @@ def start(name: str, **behaviour: Any) -> Any:
             return here()
 
         async def score(self, source: Any, candidates: Any) -> Any:
-            return np.ones((len(candidates), len(candidates)), np.float32)
+            scores = np.ones((len(candidates), len(candidates)), np.float32)
+            return (
+                scores if isinstance(source, str) else (scores[0], 7)
+            )  # a judge's; a rollout worker's, with its version
 
     return ray.remote(Worker).options(name=name, namespace="pool", num_cpus=0.01, max_concurrency=100).remote()
 
@@ -148,7 +151,8 @@ async def test_the_least_loaded_worker_is_taken(config: Config, good: Any, hub: 
     assert sorted(names) == ["good-0"] * 5 + ["good-1"] * 5
     assert isinstance(handles[0].ref, ray.ObjectRef)
     assert (await pool.generate(PROMPT, sampling(), 2, epoch=4)).receipt.epoch == 4
-    assert (await pool.score(np.zeros(2, np.int32), np.zeros(3, np.int32))).shape == (3, 3)
+    logprobs, version = await pool.score(np.zeros(2, np.int32), np.zeros(3, np.int32))
+    assert (logprobs.shape, version) == ((3,), 7)
     assert (await JudgePool(config, good).score("x", ["a", "b"])).shape == (2, 2)
 
 

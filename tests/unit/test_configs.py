@@ -24,7 +24,11 @@ NAMES = [path.stem for path in CONFIGS]
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_config_parses_and_has_a_layout(path: Path) -> None:
-    compute_layout(load_config(path))
+    config = load_config(path)
+    layout = compute_layout(config)
+    assert layout.gpus == config.cluster.gpus
+    workers = [section.num_workers for section in (config.rollout, config.judge, config.learner)]
+    assert [role.workers for role in (layout.rollout, layout.judge, layout.learner)] == workers
 
 
 @pytest.mark.parametrize("path", ON_GPUS, ids=[path.stem for path in ON_GPUS])
