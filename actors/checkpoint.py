@@ -1,15 +1,13 @@
 """The learner's checkpoints within an iteration: its full state in safetensors, for any number of ranks at any ZeRO stage.
 
-Made inside Ray Train's ranks, which Ray Train starts again after a failure; but the files are the run directory's own
-(`<run>/checkpoints/learner/step-<n>`) and not given to `ray.train.report`. Ray Train's controller keeps its list of reported
-checkpoints in a file: a full disk fails the run where ours waits, and a checkpoint that is missing from the list's folder
-fails it where ours sets damaged ones aside. Whoever starts ranks, Ray Train or the next driver, takes the newest sound one.
+Made inside Ray Train's ranks, which Ray Train starts again after a failure, and reported to it (`train_reports`); the files are
+`<run>/checkpoints/learner/step-<n>`. Whoever starts ranks, Ray Train or the next driver, takes the newest sound one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,13 +37,22 @@ class Checkpoints:
     is one. A checkpoint waits for the one before to be written, so there is never more than one copy.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, state: FullState, storage: Storage) -> None:
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        state: FullState,
+        storage: Storage,
+        saved: Callable[[Ranks, int, Path], None],
+    ) -> None:
+        """saved: hears, on every rank, of each checkpoint that is on disk when the next one is to be made: (ranks, its step,
+        its folder)."""
         self._keep = config.learner.keep_checkpoints
         self._root = Path(config.run.dir) / "checkpoints" / "learner"
         self._storage = storage
-        self._ranks, self._state = ranks, state
+        self._ranks, self._state, self._saved = ranks, state, saved
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._writing: Future[None] | None = None
+        self._writing: Future[int] | None = None  # of its step
 
     def resume(self, start: ResumePoint) -> int:
         """The step to go on from: that of the newest undamaged checkpoint of the iteration that begins at `start`, whose
@@ -64,7 +71,8 @@ class Checkpoints:
 
     def save(self, task: TrainTask) -> None:
         """After the update of `task`. Raises StorageError if the one before could not be written."""
-        self._wait()
+        if (written := self._wait()) is not None:
+            self._saved(self._ranks, written, self._root / f"step-{written}")
         notes = {
             "first_step": task.step - task.step_in_iteration,
             "iteration": task.iteration,
@@ -82,26 +90,29 @@ class Checkpoints:
         if self._ranks.first:
             clear(self._root)
 
-    def _wait(self) -> None:
-        """Until nothing is being written. Raises StorageError, on every rank, if it could not be."""
-        problem = ""
+    def _wait(self) -> int | None:
+        """Until nothing is being written: the step of what was, on every rank. Raises StorageError if it could not be."""
+        problem, step = "", None
         self._ranks.way.at("waiting for a checkpoint to be written", limited=False)
         if self._writing is not None:
             try:
-                self._writing.result()
+                step = self._writing.result()
             except StorageError as error:
                 problem = str(error)
             self._writing = None
-        if problem := self._ranks.broadcast(problem):
+        problem, step = self._ranks.broadcast((problem, step))
+        if problem:
             raise StorageError(problem)
+        return step
 
-    def _write(self, step: int, notes: dict[str, Any], shards: list[dict[str, Tensor]]) -> None:
+    def _write(self, step: int, notes: dict[str, Any], shards: list[dict[str, Tensor]]) -> int:
         def write() -> None:
             with new_checkpoint(self._root, step, notes, self._keep) as folder:
                 for number, shard in enumerate(shards):
                     (folder / f"state-{number:05}.safetensors").write_bytes(save(shard))
 
         self._storage.patiently("the learner's checkpoint", self._root / f"step-{step}", write)
+        return step
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

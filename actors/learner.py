@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import time
@@ -24,6 +25,7 @@ from actors.cleaner import use_ending_cleaner
 from actors.process import assignment, begin, environment
 from actors.rank_pulse import Member, Watchman, start_pulse
 from actors.ranks import Ranks, Way
+from actors.train_reports import place, report
 from sppo_ray.config import Config
 from sppo_ray.errors import LearnerError, SppoError, WorkerDied
 from sppo_ray.layout import Layout
@@ -42,6 +44,8 @@ from sppo_ray.types import (
 NAME = "learner"
 # Collectives give up by themselves so much later than the watchman, who names the rank: if he himself is gone.
 COLLECTIVE_GRACE_S = 60
+POLL_S = 0.5  # in which Ray Train takes one report, and hears of a rank that ended
+logger = logging.getLogger(__name__)
 
 
 def learner_loop(settings: dict[str, Any]) -> None:
@@ -81,7 +85,7 @@ def _loop(config: Config, buffer: Any, hub: Any, watcher: Any, takes_turns: bool
         buffer.report_trouble.remote(f"{NAME}-{ranks.rank}", trouble)
 
     storage = Storage(config.run.storage_patience_s, hear)
-    checkpoints = Checkpoints(config, ranks, engine.state, storage)
+    checkpoints = Checkpoints(config, ranks, engine.state, storage, report)
     step = checkpoints.resume(start)
     outlet = _Outlet(config, buffer, hub, ranks, engine, source, storage)
     engine.offload()
@@ -172,6 +176,7 @@ class _Outlet:
             trained = TrainedIteration(task.iteration, task.version, task.step, checksum, str(folder))
             publication = Publication(task.version, task.step, task.iteration, True, checksum, seconds, probe)
             ray.get(self.buffer.saved.remote(trained, publication))
+        report(self.ranks, task.step, folder)
 
 
 class LearnerActor:
@@ -185,6 +190,7 @@ class LearnerActor:
         self._watchman = Watchman(config.learner.timeout_s, config.run.dir)
         # Ray Train ends ranks that do not answer, but names none: not before the watchman has.
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.learner.timeout_s + COLLECTIVE_GRACE_S)
+        os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(POLL_S)
         use_ending_cleaner()
         watcher = ray.get_runtime_context().current_actor
         self._trainer = _trainer(config, layout, {"buffer": buffer, "hub": hub, "watcher": watcher})
@@ -199,10 +205,14 @@ class LearnerActor:
     async def fit(self) -> None:
         """Returns at the StopTask. Raises WorkerDied with the failing rank's own error, or the names of those that hung."""
         try:
-            await self._watchman.over(asyncio.to_thread(self._trainer.fit))
+            await self._watchman.over(asyncio.to_thread(self._train))
         except (TrainingFailedError, RayError) as error:
             found = self._watchman.said, describe_failure(error)
             raise WorkerDied("\n".join(filter(None, found))) from None
+
+    def _train(self) -> None:
+        result = self._trainer.fit()
+        logger.info("Ray Train ended; the last checkpoint reported to it: %s", result.checkpoint)
 
 
 def _trainer(config: Config, layout: Layout, handles: dict[str, Any]) -> TorchTrainer:
@@ -216,8 +226,7 @@ def _trainer(config: Config, layout: Layout, handles: dict[str, Any]) -> TorchTr
         scaling_config=ScalingConfig(num_workers=role.workers, use_gpu=gpus, resources_per_worker=resources),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=collectives_s),
         run_config=RunConfig(
-            name="ray_train",  # its own records; checkpoints are ours, beside them
-            storage_path=str(Path(config.run.dir).resolve() / "checkpoints"),
+            **place(config.run.dir),
             # Without the second limit a cluster that can never hold the workers is asked for ever.
             failure_config=FailureConfig(max_failures=config.learner.max_restarts, controller_failure_limit=3),
             worker_runtime_env={"env_vars": environment(gpus, config.cluster.threads)},

@@ -28,6 +28,7 @@ def environment(gpus: bool, threads: int) -> dict[str, str]:
     """
     common = {
         "ARROW_DEFAULT_MEMORY_POOL": "system",  # its own pools keep what they freed: see give_memory_back
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",

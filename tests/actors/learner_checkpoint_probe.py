@@ -32,15 +32,22 @@ from sppo_ray.types import ResumePoint, TrainTask
 SHARED = "shared 3"  # the checkpoint that other numbers of ranks take up
 
 
+def _unheard(ranks: Ranks, step: int, folder: Path) -> None: ...
+
+
 class CheckpointProbe(Probe):
     def checkpoint(self, name: str, epoch: Sequence[TrainTask], **settings: Any) -> None:
         config = config_for(self.out / name, self.policy, **settings)
         first, *others = epoch
         going_on = self.engine(config)
         going_on.step(first)
-        checkpoints = Checkpoints(config, self.ranks, going_on.state, Storage())
+        reported: list[tuple[int, Path]] = []
+        checkpoints = Checkpoints(
+            config, self.ranks, going_on.state, Storage(), lambda _, step, folder: reported.append((step, folder))
+        )
         checkpoints.save(first)
         checkpoints.save(first)  # waits for the one before: now that is on disk
+        assert reported == [(1, Path(config.run.dir) / "checkpoints" / "learner" / "step-1")]  # on every rank
         checkpoints._wait()
         resumed = self.taken_up(config)
         for engine, suffix in ((going_on, "going on"), (resumed, "resumed")):
@@ -50,7 +57,8 @@ class CheckpointProbe(Probe):
 
     def taken_up(self, config: Config) -> TrainingEngine:
         engine = self.engine(config)
-        assert Checkpoints(config, self.ranks, engine.state, Storage()).resume(ResumePoint(0, str(self.policy))) == 1
+        checkpoints = Checkpoints(config, self.ranks, engine.state, Storage(), _unheard)
+        assert checkpoints.resume(ResumePoint(0, str(self.policy))) == 1
         return engine
 
     def elsewhere(self, name: str, **settings: Any) -> None:

@@ -216,6 +216,15 @@ async def test_two_iterations_with_a_restart_within_the_second(
     assert abs(steps[2]["delta_w"]) < 1e-4
     assert {"learner-0.log", "learner-1.log"} <= {path.name for path in (tmp_path / "logs").iterdir()}
     assert list((tmp_path / "checkpoints" / "learner").iterdir()) == []  # an iteration's end takes their place
+    assert (
+        f"path={second.policy_dir})" in (tmp_path / "logs" / "learner.log").read_text()
+    )  # Ray Train's last checkpoint
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoints",
+        "iter_1",
+        "iter_2",
+        "logs",
+    }  # and nothing of its own
 
 
 def assert_publications(publications: list[Publication], outcome: Outcome, saved: Weights) -> None:
