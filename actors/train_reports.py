@@ -38,6 +38,9 @@ class RunFiles(LocalFileSystem):  # type: ignore[misc]
             return _Record(lambda content: self._records.__setitem__(path, content))
         return io.BytesIO(self._records[path]) if path in self._records else super()._open(path, mode, **settings)
 
+    def isfile(self, path: Any) -> bool:
+        return self._strip_protocol(path) in self._records or super().isfile(path)
+
     def info(self, path: Any, **settings: Any) -> dict[str, Any]:
         name = self._strip_protocol(path)
         if name in self._records:

@@ -150,6 +150,7 @@ class TrainingBuffer:
         self._current(trained.iteration)
         self.ledger.mark_trained(trained)
         self._done, self._open = trained, None
+        self._held.pop(trained.iteration, None)
 
     def trained(self, iteration: int) -> TrainedIteration | None:
         """What an iteration gave, once its policy is saved."""

@@ -210,7 +210,7 @@ class Weights(Section):
     channel: Literal["ray", "disk", "nccl"] = "ray"
     """How published weights reach the rollout workers. ray: the object store. disk: a folder in the run directory, on a
     file system that all nodes share. nccl: GPU to GPU, through vLLM's packed NCCL transfer (disaggregated layout)."""
-    chunk_mb: int = Field(64, ge=1)
+    chunk_mb: int = Field(32, ge=1)
     """Size of a packed chunk in MiB; the first ones of a publish are smaller."""
     timeout_s: float = Field(600.0, gt=0)
     """A rollout worker that takes longer to take new weights is named and started again."""

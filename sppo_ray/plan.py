@@ -204,7 +204,7 @@ def _verdict(plan: Plan) -> Text:
 def _recommended(plan: Plan) -> Table:
     """Splits of the config's GPUs by simulated speed, its own among them."""
     # With it the schedules and the buffer, which only this needs.
-    from sppo_ray.simulation.layouts import recommend, with_split
+    from sppo_ray.simulation.layouts import Split, recommend, with_split
     from sppo_ray.simulation.rates import RateCard
 
     config, policy = plan.config, plan.policy
@@ -215,11 +215,15 @@ def _recommended(plan: Plan) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("rollout", "learner", "judge", "fits", "groups/s", "learner idle", "slowest role"):
         table.add_column(name, justify="right")
-    for found in recommend(config, card, config.cluster.gpus, include=own):
+
+    def fits(workers: Split) -> bool:
+        split = with_split(config, workers, config.cluster.gpus)
+        return estimate_memory(split, compute_layout(split), policy, plan.judge).fits
+
+    for found in recommend(config, card, config.cluster.gpus, include=own, usable=fits):
         of_config = " (this config)" if found.split == own else ""
-        split = with_split(config, found.split, config.cluster.gpus)
-        fits = "yes" if estimate_memory(split, compute_layout(split), policy, plan.judge).fits else "no"
-        cells = *map(str, found.split), fits, f"{found.groups_per_s:.2f}", f"{found.learner_idle:.0%}"
+        known = "yes" if fits(found.split) else "no"
+        cells = *map(str, found.split), known, f"{found.groups_per_s:.2f}", f"{found.learner_idle:.0%}"
         table.add_row(*cells, found.rates.slowest + of_config)
     return table
 

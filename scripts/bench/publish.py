@@ -7,9 +7,10 @@ process, on the CPU) that samples without pause. Memory is what the processes ha
 plus what the object store has touched of /dev/shm. Pages of mapped files are the kernel's cache, which it gives back when
 asked, and are left out.
 
-"kept MiB" is what the processes keep of the first publish (libraries, threads, buffers; it grows with the model and is not
-explained yet). The other columns are the growth in later publishes: of the processes over their state after the first, of
-the store over its state before anything was published; "copies" is their sum over one copy of the weights, without "kept".
+A worker's memory goes up and down as it samples, so what is compared are its peaks, over times without and with a publish.
+"kept MiB" is what the processes keep of the first publish (libraries, threads, buffers). The other columns are the growth in
+later publishes: of the processes over their state after the first, of the store over its state before anything was published;
+"copies" is their sum over one copy of the weights, without "kept".
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.cluster import set_ray_defaults
 from actors.policy_folder import SMALL_FILES, read_policy
-from actors.process import environment
+from actors.process import environment, give_memory_back
 from actors.publish import publish
 from actors.ranks import Ranks
 from actors.rollout import RolloutWorker
@@ -63,6 +64,7 @@ class Publisher:
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._weights = {name: tensor.clone() for name, tensor in read_policy(Path(folder))}
+        give_memory_back()
 
     def size(self) -> int:
         """Bytes of one copy of the weights."""
@@ -87,8 +89,8 @@ class Memory:
     """Samples the memory of the roles from a thread. Bytes."""
 
     pids: dict[str, int]
-    before: dict[str, int]  # as `now` gave it
-    peaks: dict[str, int] = field(default_factory=dict)  # each role's own, and "sum" of all at one time
+    before: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ROLES, 0))
+    peaks: dict[str, int] = field(default_factory=dict)  # over `before`: each role's own, and "sum" of all at one time
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Memory:
@@ -106,6 +108,13 @@ class Memory:
             growth = {role: now - self.before[role] for role, now in memory_of(self.pids).items()}
             growth["sum"] = sum(growth.values())
             self.peaks = {role: max(peak, growth[role]) for role, peak in self.peaks.items()}
+
+
+def peaks_of(pids: dict[str, int], seconds: float) -> dict[str, int]:
+    """Bytes that each role has at most in the next seconds."""
+    with Memory(pids) as memory:
+        time.sleep(seconds)
+    return {role: memory.peaks[role] for role in ROLES}
 
 
 def memory_of(pids: dict[str, int]) -> dict[str, int]:
@@ -203,13 +212,12 @@ def _measured(config: Config, hub: Any, publisher: Any, worker: Any, options: ar
     published, loaded, gaps = [], [], []
     with Stream(worker, Sampling(1.0, 1.0, options.tokens, (0, 1))) as stream:
         started = time.perf_counter()
-        time.sleep(STREAM_S)
+        time.sleep(STREAM_S / 3)
+        idle = peaks_of(pids, STREAM_S)
         before = stream.longest_gap(started + STREAM_S / 3, time.perf_counter())
-        idle = memory_of(pids)
         ray.get(publisher.publish.remote(config, hub, 1))
         ray.get(worker.load.remote(1))
-        time.sleep(STREAM_S / 5)
-        warm = memory_of(pids) | {"store": idle["store"]}
+        warm = peaks_of(pids, STREAM_S) | {"store": idle["store"]}
         with Memory(pids, warm) as memory:
             for version in range(2, 2 + options.publishes):
                 begun = time.perf_counter()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,15 +120,20 @@ def _scaled(one: Rates, workers: Split, gpus: int) -> Rates:
 
 
 def shortlist(
-    config: Config, card: RateCard, gpus: int, quantiles: Sequence[float] = RESPONSE_TOKENS, shared: bool = False
+    config: Config,
+    card: RateCard,
+    gpus: int,
+    quantiles: Sequence[float] = RESPONSE_TOKENS,
+    shared: bool = False,
+    usable: Callable[[Split], bool] = lambda split: True,
 ) -> list[tuple[Split, Rates]]:
-    """The splits with the best bounds for the config's schedule, the best first. shared: as in `splits`."""
+    """The usable splits with the best bounds for the config's schedule, the best first. shared: as in `splits`."""
     candidates = [workers for workers in splits(gpus, shared) if workers[1] <= config.learner.batch_size]
     by_ranks = {n: role_rates(with_split(config, (1, n, 1)), card, quantiles) for n in {w[1] for w in candidates}}
     found = [(workers, _scaled(by_ranks[workers[1]], workers, gpus)) for workers in candidates]
     in_turns = config.schedule.mode == "sync"
     found.sort(key=lambda entry: entry[1].in_turns if in_turns else entry[1].bound, reverse=True)
-    return found[:CANDIDATES]
+    return list(itertools.islice((entry for entry in found if usable(entry[0])), CANDIDATES))
 
 
 def recommend(
@@ -136,12 +142,13 @@ def recommend(
     gpus: int,
     quantiles: Sequence[float] = RESPONSE_TOKENS,
     include: Split | None = None,
+    usable: Callable[[Split], bool] = lambda split: True,
 ) -> list[Recommended]:
-    """The shortlisted splits of so many GPUs (and `include`), simulated over some updates, the fastest first. Judges that
-    share GPUs are considered if those of `include` do."""
+    """The shortlisted splits of so many GPUs (and `include`, usable or not), simulated over some updates, the fastest first.
+    Judges that share GPUs are considered if those of `include` do."""
     prompts = [UPDATES * config.learner.batch_size]
     shared = include is not None and sum(include) > gpus
-    candidates = dict(shortlist(config, card, gpus, quantiles, shared))
+    candidates = dict(shortlist(config, card, gpus, quantiles, shared, usable))
     if include is not None and include not in candidates:
         candidates[include] = split_rates(config, card, include, gpus, quantiles)
     found = []
