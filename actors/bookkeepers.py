@@ -15,11 +15,15 @@ ANSWER_LIMIT_S = 300.0  # after a restart the buffer reads whole tables
 T = TypeVar("T")
 
 
-async def answered(name: str, asked: Awaitable[T], place: Place | None = None, run_dir: str = "") -> T:
-    """What was asked of an actor. Raises WorkerDied for one that hangs, with its stacks in `run_dir` where its place is known."""
+async def answered(
+    name: str, asked: Awaitable[T], place: Place | None = None, run_dir: str = "", patience_s: float = 0.0
+) -> T:
+    """What was asked of an actor. Raises WorkerDied for one that hangs, with its stacks in `run_dir` where its place is known.
+    patience_s: how much longer it may take, since it waits for the disk before it answers."""
+    limit_s = ANSWER_LIMIT_S + patience_s
     try:
-        async with asyncio.timeout(ANSWER_LIMIT_S):
+        async with asyncio.timeout(limit_s):
             return await asked
     except TimeoutError:
         stacks = f" Its stacks are in {await dump(name, place.node_id, place.pid, run_dir)}." if place else ""
-        raise WorkerDied(f"{name}: hangs: no answer in {ANSWER_LIMIT_S:g} s.{stacks}") from None
+        raise WorkerDied(f"{name}: hangs: no answer in {limit_s:g} s.{stacks}") from None

@@ -95,7 +95,7 @@ async def _started(
     hub: ActorHandle,
 ) -> Running:
     buffer = BufferClient(_actor(BufferActor, BUFFER, config, LIGHT).remote(config, _ids(slices)))
-    done = await answered(BUFFER, buffer.last_trained())
+    done = await answered(BUFFER, buffer.last_trained(), patience_s=config.run.storage_patience_s)
     policy, version = (done.policy_dir, done.version) if done else (config.policy.model, 0)
 
     def create(role: ScaledRole, name: str) -> ActorHandle:

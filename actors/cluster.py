@@ -18,6 +18,7 @@ from actors.access import REMEDY, ensure_token, refuse_open_cluster, stay_on_loo
 from sppo_ray.config import Config
 from sppo_ray.errors import ConfigError, SppoError
 from sppo_ray.layout import Layout
+from sppo_ray.progress import say
 from sppo_ray.seeds import derive
 
 ROOT = Path(__file__).resolve().parent.parent  # where the packages `sppo_ray` and `actors` lie
@@ -40,7 +41,7 @@ def connected(config: Config, layout: Layout) -> Iterator[Connection]:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     try:
         if address and (warning := refuse_open_cluster(address, config.cluster.allow_unauthenticated)):
-            Console(stderr=True, soft_wrap=True).print(f"warning: {warning}", style="yellow", highlight=False)
+            say(Console(stderr=True), f"warning: {warning}", "yellow")
         context = _join(address, namespace) if address else _start(layout, namespace)
     except AuthenticationError as error:
         raise ConfigError(f"Ray's token: {error}. To use one, {REMEDY}.") from None

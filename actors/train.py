@@ -53,7 +53,7 @@ def train(config: Config, layout: Layout, checked: Preflight, console: Console) 
             if attempts.begun == 1:
                 scaling.forget(Path(config.run.dir))
             if cluster.dashboard:
-                console.print(f"Ray dashboard: {cluster.dashboard} (namespace {cluster.namespace})", highlight=False)
+                say(console, f"Ray dashboard: {cluster.dashboard} (namespace {cluster.namespace})")
             _run(config, layout, checked, console)
 
 
@@ -64,8 +64,9 @@ def _run(config: Config, layout: Layout, checked: Preflight, console: Console) -
         asyncio.run(_train(config, layout, checked, console, mirror))
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | asyncio.CancelledError)
-        with suppress(OSError):  # of a full disk: what stopped the run is to be read
-            update_manifest(root, status="interrupted" if stopped else "failed", **counts(config))
+        with suppress(OSError, SppoError):  # of a full disk, of damaged records: what stopped the run is to be read
+            update_manifest(root, status="interrupted" if stopped else "failed")
+            update_manifest(root, **counts(config))
         raise
     update_manifest(root, Storage(config.run.storage_patience_s), status="done", **counts(config))
     if mirror:

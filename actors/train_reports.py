@@ -1,8 +1,9 @@
 """What Ray Train hears of the run: its experiment folder is the run directory, and what the learner saves there is reported as
-its checkpoints (`ray.train.get_checkpoint`, the run's `Result`, the dashboard). Nothing is copied.
+its checkpoints (`ray.train.get_checkpoint`, `Result.checkpoint`). Nothing is copied.
 
-Which checkpoint a run goes on from is not Ray Train's to say: its list has no checksums and does not outlive a driver. Whoever
-starts ranks, Ray Train or the next driver, takes the newest sound one from the folder (`sppo_ray.checkpoints`).
+Which checkpoint a run goes on from is not Ray Train's to say: its list has no checksums, names some that are no longer kept, and
+does not outlive a driver. Whoever starts ranks, Ray Train or the next driver, takes the newest sound one from the folder
+(`sppo_ray.checkpoints`).
 """
 
 from __future__ import annotations
@@ -73,10 +74,11 @@ def place(run_dir: str) -> dict[str, Any]:
 
 def report(ranks: Ranks, step: int, folder: Path) -> None:
     """Collective: after `step` updates `folder`, in the run directory, is saved. Waits until Ray Train has taken the report
-    before this one."""
+    before this one. Where a link leads the folder out of the run directory, Ray Train, which would refuse it, hears the step only."""
     ranks.way.at("reporting to Ray Train")
-    checkpoint = None
-    if ranks.first:
-        files = ray.train.get_context().get_storage().storage_filesystem
-        checkpoint = ray.train.Checkpoint(str(folder.resolve()), files)
+    checkpoint, storage = None, ray.train.get_context().get_storage()
+    path = folder.resolve()
+    if ranks.first and path.is_relative_to(storage.experiment_fs_path):
+        # The context's own object: one made here would count as another file system.
+        checkpoint = ray.train.Checkpoint(str(path), storage.storage_filesystem)
     ray.train.report({"step": step}, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sppo_ray.atomic import checksum_of, hash_of, remove_folder, sync, temporary_beside
+from sppo_ray.atomic import checksum_of, hash_of, make_folder, remove_folder, sync, temporary_beside
 from sppo_ray.types import ResumePoint
 
 MARKER = "COMPLETE"
@@ -42,7 +42,7 @@ def new_checkpoint(root: Path, step: int, notes: Mapping[str, Any], keep: int) -
 
     notes: anything JSON holds.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     temporary = temporary_beside(root / f"step-{step}")
     temporary.mkdir()
     try:

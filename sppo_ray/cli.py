@@ -18,7 +18,8 @@ from sppo_ray import __version__
 from sppo_ray.config import Config
 from sppo_ray.config_io import dump_config, load_config
 from sppo_ray.errors import ConfigError, SppoError
-from sppo_ray.secrets import hide
+from sppo_ray.given import user_path
+from sppo_ray.progress import say
 
 app = typer.Typer(
     name="sppo",
@@ -112,11 +113,11 @@ def scale(
     from sppo_ray.scaling import request
 
     with exit_codes():
-        before, now = request(run.expanduser().resolve(), changes)
-        out.print(
+        before, now = request(user_path(run).resolve(), changes)
+        say(
+            out,
             f"asked for {now.rollout} rollout and {now.judge} judge workers (before: {before.rollout} and {before.judge}); "
             "the run follows within seconds, and a newcomer works as soon as it serves the current weights",
-            highlight=False,
         )
 
 
@@ -126,7 +127,7 @@ def _config_of(config: Path | None, resume: bool, overrides: Sequence[str]) -> C
         named = [text.removeprefix("run.dir=") for text in overrides if text.startswith("run.dir=")]
         if not resume or not named:
             raise ConfigError("no config is given: name one with --config FILE, or a run by --resume run.dir=DIR.")
-        config = Path(named[-1]).expanduser() / "config.yaml"
+        config = user_path(named[-1]) / "config.yaml"
         if not config.exists():
             raise ConfigError(
                 f"--resume run.dir={named[-1]}: there is no config.yaml in it, so no run was begun there."
@@ -149,9 +150,9 @@ def _train(config: Config, dry_run: bool) -> None:
     _refuse_unfit(config)
     checked = preflight(config)
     _refuse_unfit(config)  # again: a hub model's config.json is here now
-    out.print(f"prompts: {checked.prompts.report.summary()}", highlight=False)
+    say(out, f"prompts: {checked.prompts.report.summary()}")
     for warning in checked.warnings:
-        err.print(f"note: {warning}", style="yellow", highlight=False)
+        say(err, f"note: {warning}", "yellow")
     if dry_run:
         from sppo_ray.plan import make_plan, render_plan
 
@@ -160,13 +161,11 @@ def _train(config: Config, dry_run: bool) -> None:
         return
     root = Path(config.run.dir)
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and root.is_relative_to(Path.cwd()):
-        err.print(
-            f"note: run.dir={root} lies in Ray's copy of the working directory; an absolute path outlives the job"
-        )
+        say(err, f"note: run.dir={root} lies in Ray's copy of the working directory; an absolute path outlives the job")
     if read_manifest(root).get("status") == "done":
-        out.print(f"{root} is complete; here is its result. To run again, name another run.dir.", highlight=False)
+        say(out, f"{root} is complete; here is its result. To run again, name another run.dir.")
         if config.run.mirror:  # the run's own end may not have waited for all of it
-            asyncio.run(Mirror(config, out.print, partial(err.print, style="yellow")).finish())
+            asyncio.run(Mirror(config, partial(say, out), partial(say, err, style="yellow")).finish())
         _show_result(root)
         return
     from actors.train import train as run_training
@@ -199,7 +198,7 @@ def _show_result(root: Path) -> None:
 
     if table := closing_table(read_metrics(root / "metrics.jsonl")):
         out.print(table)
-    out.print(f"run directory: {root}", highlight=False, soft_wrap=True)
+    say(out, f"run directory: {root}")
 
 
 @contextmanager
@@ -213,13 +212,13 @@ def exit_codes() -> Iterator[None]:
         err.print("interrupted; the same command goes on where the run stopped", style="yellow")
         raise typer.Exit(1) from None
     except SppoError as error:
-        err.print(hide(f"failed: {error}"), style="red", highlight=False, markup=False)
+        say(err, f"failed: {error}", "red")
         for note in getattr(error, "__notes__", ()):
-            err.print(hide(note), highlight=False, markup=False)
+            say(err, note)
         err.print("the run can be resumed: give the same command again", style="yellow")
         raise typer.Exit(1) from None
 
 
 def _refuse(message: str) -> None:
-    err.print(hide(f"refused: {message}"), style="red", highlight=False, markup=False)
+    say(err, f"refused: {message}", "red")
     raise typer.Exit(2) from None

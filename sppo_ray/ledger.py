@@ -19,7 +19,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 SEALED, TRAINED, REFERENCE = "sealed.json", "trained.json", "reference.parquet"
 TABLES, POLICY_FILES = "tables", "policy_files"  # keys in sealed.json and trained.json: checksums by file name
+CHECKSUM = "xxh3"  # key in both: of the rest
 
 
 class LedgerDamaged(SppoError):
@@ -176,7 +177,8 @@ class Ledger:
         return _read_as(SliceSummary, self.folder(iteration) / SEALED, without=TABLES)
 
     def write_record(self, path: Path, record: dict[str, Any]) -> None:
-        self.storage.patiently("the record", path, lambda: write_json(path, record))
+        content = record | {CHECKSUM: _checksum(record)}
+        self.storage.patiently("the record", path, lambda: write_json(path, content))
 
     def groups(self, iteration: int) -> int:
         """Judged groups of the iteration on disk, sealed or not; those sampled again may count twice until it is sealed."""
@@ -233,18 +235,33 @@ class Ledger:
         return last
 
 
-def read_record(path: Path) -> Any:
-    """What sealed.json or trained.json holds; None if there is none. Raises StorageError if it is damaged."""
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What sealed.json, trained.json or the like holds; None if there is none. Raises StorageError if it is damaged."""
+    if not path.exists():
+        return None
     try:
-        return json.loads(path.read_bytes()) if path.exists() else None
+        record = json.loads(path.read_bytes())
+        if not isinstance(record, dict):
+            raise ValueError(f"it holds {type(record).__name__}")
+        if CHECKSUM in record and record.pop(CHECKSUM) != _checksum(record):  # of before there were checksums: none
+            raise ValueError("its checksum is of other content")
     except ValueError as error:
         raise _damaged(path, error) from None
+    return record
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hash_of(json.dumps(record, sort_keys=True).encode())
 
 
 def _read_as(kind: Any, path: Path, without: str, **given: Any) -> Any:
     record = read_record(path)
     try:
-        return record and kind(**{key: value for key, value in record.items() if key != without} | given)
+        return (
+            record
+            if record is None
+            else kind(**{key: value for key, value in record.items() if key != without} | given)
+        )
     except (AttributeError, TypeError) as error:
         raise _damaged(path, error) from None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sppo_ray.config import Config
 from sppo_ray.errors import ConfigError
+from sppo_ray.llm_blender_compat import check_versions
 from sppo_ray.model_folder import PolicyInfo, inspect_policy, load_tokenizer
 from sppo_ray.pairrm import PairRMInfo, inspect_pairrm
 from sppo_ray.pairrm.checkpoint import check_limits
@@ -36,6 +37,7 @@ def preflight(config: Config, base_dir: Path | None = None) -> Preflight:
     raw = read_prompts(config, base_dir)
     policy = inspect_policy(config.policy.model, config.policy.trust_remote_code)
     context = _context(config, policy)
+    check_versions()
     judge = inspect_pairrm(config.judge.model, allow_pickle=config.judge.allow_pickle, download=True)
     source, candidate = config.judge.source_max_tokens, config.judge.candidate_max_tokens
     check_limits(judge.folder, judge.config, source or judge.source_max_tokens, candidate or judge.candidate_max_tokens)

@@ -33,8 +33,19 @@ GENERATED, TRAIN, EVALUATION = "generated.parquet", "train.parquet", "evaluation
 def recover(config: Config) -> list[str]:
     """Call it before anything else uses the run directory; reads every file on record once. Returns what to tell the user.
 
-    Raises StorageError, which says what to do, if the policy that the run would go on from or end with is damaged.
+    Raises StorageError, which says what to do, if the policy that the run would go on from or end with is damaged, and if the
+    storage does not let itself be read or put in order.
     """
+    try:
+        return _recover(config)
+    except OSError as error:
+        raise StorageError(
+            f"{config.run.dir} cannot be looked through before the run goes on: {error}. Nothing of it is lost: see to the disk or "
+            "file server, then give the same command again."
+        ) from error
+
+
+def _recover(config: Config) -> list[str]:
     ledger, said = Ledger(config), []
     _clear(ledger.root)
     last = ledger.last_trained()
@@ -68,7 +79,7 @@ def _clear(folder: Path) -> None:
 
 def _check_policy(folder: Path, iteration: int, newest: bool) -> list[str]:
     """newest: the run would start from this policy, or it is the run's product."""
-    damaged = _damaged(folder / "policy", read_record(folder / TRAINED).get(POLICY_FILES, {}))
+    damaged = _damaged(folder / "policy", (read_record(folder / TRAINED) or {}).get(POLICY_FILES, {}))
     if damaged and newest:
         raise StorageError(
             f"{_names(damaged)} of the policy in {folder / 'policy'} is not what was written, and the run would go on from it or "
@@ -101,7 +112,7 @@ def _set_evaluation_aside(folder: Path) -> None:
 
 
 def _check_tables(ledger: Ledger, iteration: int) -> list[str]:
-    folder, record = ledger.folder(iteration), read_record(ledger.folder(iteration) / SEALED)
+    folder, record = ledger.folder(iteration), read_record(ledger.folder(iteration) / SEALED) or {}
     trained = (folder / TRAINED).exists()
     damaged = _damaged(folder, record.get(TABLES, {}))
     if not damaged:

@@ -39,6 +39,7 @@ MUST_STAY = ("weights.publish_every",)  # versions are counted by it
 COUNTS = (  # over all attempts at a run
     "restarts", "groups_sampled", "updates_repeated", "groups_generated", "groups_judged", "groups_trained", "groups_regenerated",
 )  # fmt: skip
+LOCK = ".lock"
 PACKAGES = (
     "ray",
     "torch",
@@ -61,7 +62,11 @@ def check_run_dir(config: Config) -> None:
     if not root.is_dir():
         raise ConfigError(f"run.dir={root} is a file; name a directory that does not exist yet.")
     if not (root / "config.yaml").exists():
-        if any(root.iterdir()):
+        try:
+            foreign = [path for path in root.iterdir() if not _left_by_a_start(path)]
+        except OSError as error:
+            raise ConfigError(f"run.dir={root} cannot be read ({error.strerror}); name another directory.") from None
+        if foreign:
             raise ConfigError(f"run.dir={root} is not empty and holds no run; name another directory.")
         return
     changed = _changed_keys(_own_config(root), config)
@@ -76,11 +81,16 @@ def check_run_dir(config: Config) -> None:
         )
 
 
+def _left_by_a_start(path: Path) -> bool:
+    """Of a run that was stopped before its config was on disk: the same command begins it."""
+    return path.name == LOCK or (path.name.startswith(".") and path.suffix == ".tmp")
+
+
 @contextmanager
 def claimed(config: Config, facts: dict[str, Any]) -> Iterator[None]:
     """`claim`, and nobody else may while it lasts. Raises ConfigError if somebody has it."""
     root = Path(config.run.dir)
-    lock = FileLock(root / ".lock", timeout=0)
+    lock = FileLock(root / LOCK, timeout=0)
 
     def take() -> AbstractContextManager[object]:
         root.mkdir(parents=True, exist_ok=True)
@@ -89,7 +99,7 @@ def claimed(config: Config, facts: dict[str, Any]) -> Iterator[None]:
         except Timeout:
             raise ConfigError(f"run.dir={root} is in use by another process; wait for it or name another.") from None
 
-    with Storage(config.run.storage_patience_s).patiently("the lock", root / ".lock", take):
+    with Storage(config.run.storage_patience_s).patiently("the lock", root / LOCK, take):
         claim(config, facts)
         yield
 
@@ -129,7 +139,7 @@ def update_manifest(root: Path, storage: Storage | None = None, /, **facts: Any)
 def read_manifest(root: Path) -> dict[str, Any]:
     """{} if there is none. Raises ConfigError for one that is damaged."""
     path = root / "manifest.json"
-    remedy = "put back a whole copy, or delete it; it only describes the run"
+    remedy = "put back a whole copy (run.mirror's, if there is one); without a mirror it may be deleted: it only describes the run"
     return _read_mapping(path, json.loads, remedy) if path.exists() else {}
 
 
@@ -162,6 +172,10 @@ def _own_config(root: Path) -> dict[str, Any]:
 def _read_mapping(path: Path, parse: Callable[[str], Any], remedy: str) -> dict[str, Any]:
     try:
         found = parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}): see to its permissions, or name another run.dir."
+        ) from None
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is damaged ({' '.join(str(error).split())}): {remedy}.") from None
     if not isinstance(found, dict):

@@ -14,8 +14,11 @@ from typing import Any
 
 HIDDEN = "***"
 SHORTEST = 8  # characters; a shorter value would be found in ordinary words
-_NAME = re.compile(r"(token|secret|passw(or)?d|credentials?|[_-]key|[_-]key_id|signature)$", re.IGNORECASE)
-_IN_URL = re.compile(r"(?<=://)[^/?#\s@]+(?=@)")  # user, user:password
+_NAME = re.compile(
+    r"(token|secret|passw(or)?d|credentials?|[_-]key|[_-]key_id|api_?key|signature|connection_string|[_-]pat|[_-]dsn)$",
+    re.IGNORECASE,
+)
+_IN_URL = re.compile(r"(?<=://)[^/?#\s]+(?=@)")  # user, user:password, which may hold another @
 _IN_QUERY = re.compile(
     r"(?<=[?&])([\w.-]*(?:token|secret|passw(?:or)?d|key|sig|signature|credential))=[^&\s'\"]+", re.IGNORECASE
 )  # as in signed URLs of object stores

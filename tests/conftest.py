@@ -22,10 +22,12 @@ settings.load_profile("no deadline")
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The shipped default made small, run undisturbed as a user would: (run directory, output). Test processes share it."""
+    """The shipped default made small, run undisturbed as a user would: (run directory, output). Test processes share it, and
+    so do whole test runs that have $SPPO_TEST_SHARED, a folder, in common."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
+    shared = Path(os.environ.get("SPPO_TEST_SHARED", shared))
     run_dir, output = shared / "whole", shared / "whole.log"
     with FileLock(shared / "whole.lock"):
         if not output.exists():

@@ -7,7 +7,8 @@ process, on the CPU) that samples without pause. Memory is what the processes ha
 plus what the object store has touched of /dev/shm. Pages of mapped files are the kernel's cache, which it gives back when
 asked, and are left out.
 
-A worker's memory goes up and down as it samples, so what is compared are its peaks, over times without and with a publish.
+A worker's memory goes up and down as it samples, so what is compared are peaks: of each process over a time without a publish,
+of all together in one.
 "kept MiB" is what the processes keep of the first publish (libraries, threads, buffers). The other columns are the growth in
 later publishes: of the processes over their state after the first, of the store over its state before anything was published;
 "copies" is their sum over one copy of the weights, without "kept".

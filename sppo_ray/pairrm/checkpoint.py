@@ -91,12 +91,12 @@ def resolve_folder(path_or_name: str | Path, *, download: bool, backbone: bool =
     if not is_hub_name(path_or_name):
         refuse(folder, "there is no such folder", "Give a folder that exists, or a hub name (llm-blender/PairRM)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "spm.model"] + ([] if backbone else ["*.safetensors"]) + ([PICKLE] if pickle else [])
-    try:
+    try:  # HTTPError is the base of every transport error, whichever client the hub uses
         return Path(snapshot_download(str(path_or_name), allow_patterns=patterns, local_files_only=not download))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except (HTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         refuse(
             path_or_name,
             "there is no such folder, and no copy of that name in the hub cache" + (f" ({error})" if download else ""),

@@ -31,6 +31,10 @@ SMALL = (
     "evaluation.limit=6", "rollout.in_flight=8",
 )  # fmt: skip
 PROMPTS = 24  # an iteration
+RUNTIME_ENV = (
+    "--runtime-env",
+    str(ROOT / "configs/ray/runtime_env.yaml"),
+)  # a stopped job then has time to end its run
 LIMIT_S = 900  # for a run, which takes a minute or two, or for what is to happen in one: only what hangs meets it
 
 # With one group in flight, and each on disk before the next begins, an iteration's prompts take seconds to sample: time
@@ -140,13 +144,10 @@ class Head:
             env=self.env, cwd="/", capture_output=True, text=True, timeout=LIMIT_S, check=False,
         )  # fmt: skip
 
-    def submit(self, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    def submit(self, *arguments: str, options: tuple[str, ...] = RUNTIME_ENV) -> subprocess.CompletedProcess[str]:
         """`arguments`: as after `sppo train`."""
-        runtime_env = str(ROOT / "configs/ray/runtime_env.yaml")
         entry_point = ("python", "scripts/train.py", *arguments)
-        return self.job(
-            "submit", "--working-dir", str(ROOT), "--runtime-env", runtime_env, *options, "--", *entry_point
-        )
+        return self.job("submit", "--working-dir", str(ROOT), *options, "--", *entry_point)
 
     def actors(self) -> list[dict[str, Any]]:
         """What the dashboard lists, dead actors included."""

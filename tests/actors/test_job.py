@@ -28,6 +28,7 @@ from tests.actors.job_runs import (
     LIMIT_S,
     PROMPTS,
     ROOT,
+    RUNTIME_ENV,
     SLOW,
     manifest,
     metrics,
@@ -169,7 +170,7 @@ train(config, Layout("colocated", one, one, one, 1, 0), preflight(config), Conso
 
 def test_a_worker_s_own_error_comes_first(tmp_path):
     """The KV cache is too small for one sequence: vLLM says so when the engine starts."""
-    process = sppo(*train(tmp_path / "run"), "rollout.kv_cache_mb=8", "cluster.max_restarts=1")
+    process = sppo(*train(tmp_path / "run"), "rollout.kv_cache_mb=8", "cluster.max_restarts=0")
     output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 1, output
     first = output[output.index("failed: ") :]
@@ -224,7 +225,7 @@ def head(tmp_path_factory):
 
 def test_a_stopped_job_leaves_no_actor_and_a_resumable_run(interrupted, head):
     slow = ("rollout.in_flight=1", "buffer.flush_s=5")  # so that it is not over before it is stopped
-    job = head.submit(*train(interrupted)[1:], *slow, options=("--no-wait", "--submission-id", "to-stop"))
+    job = head.submit(*train(interrupted)[1:], *slow, options=(*RUNTIME_ENV, "--no-wait", "--submission-id", "to-stop"))
     assert job.returncode == 0, job.stderr
     wait_for(lambda: manifest(interrupted).get("resumed"))
     wait_for(lambda: head.alive() >= {"RolloutWorker", "JudgeWorker", "LearnerActor", "RayTrainWorker"})
@@ -235,11 +236,13 @@ def test_a_stopped_job_leaves_no_actor_and_a_resumable_run(interrupted, head):
 
 
 def test_an_interrupted_run_goes_on_as_a_ray_job_and_ends_the_same(whole, interrupted, head):
-    """From its directory alone, in which the end of a file is missing by now."""
+    """From its directory alone, in which the end of a file is missing by now; without our runtime env."""
     shard = min((interrupted / "iter_2/ledger").glob("shard-*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-1])
     faster = ("rollout.in_flight=8", "buffer.flush_s=0.2")
-    job = head.submit("--resume", f"run.dir={interrupted}", "rollout.num_workers=2", "judge.num_workers=2", *faster)
+    job = head.submit(
+        "--resume", f"run.dir={interrupted}", "rollout.num_workers=2", "judge.num_workers=2", *faster, options=()
+    )
     assert job.returncode == 0, job.stdout + job.stderr
     assert "going on after iteration 1" in job.stdout
     assert "already in the ledger" in job.stdout

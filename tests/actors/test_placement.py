@@ -52,7 +52,7 @@ def assignments(found: dict[str, Any]) -> list[Assignment]:
     return [Assignment(**item | {"gpus": tuple(item["gpus"])}) for item in found["assignments"]]
 
 
-@pytest.mark.parametrize(("nodes", "gpus_per_node"), [(1, 8), (2, 2)])
+@pytest.mark.parametrize(("nodes", "gpus_per_node"), [(1, 8), (2, 1)])
 def test_one_of_each_role_on_each_gpu(nodes: int, gpus_per_node: int) -> None:
     found, count = start(nodes, gpus_per_node, "full"), nodes * gpus_per_node
     workers = assignments(found)

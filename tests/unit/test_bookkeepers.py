@@ -23,6 +23,10 @@ def test_an_answer_just_in_time_counts() -> None:
     assert run_virtual(answered("buffer", after(ANSWER_LIMIT_S - 1))) == "here"
 
 
+def test_what_waits_for_its_disk_may_take_that_much_longer() -> None:
+    assert run_virtual(answered("buffer", after(ANSWER_LIMIT_S + 599), patience_s=600)) == "here"
+
+
 def test_who_hangs_is_named_with_its_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
     async def dump(*asked: object) -> Path:
         assert asked == ("weights", "node", 7, "runs/x")

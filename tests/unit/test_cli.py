@@ -153,6 +153,30 @@ def test_resume_takes_the_run_s_own_config_and_refuses_where_there_is_no_run(tmp
     assert (code, "data.limit was 96, is 48" in said) == (2, True), said
 
 
+def test_what_cannot_be_a_path_is_refused(tmp_path):
+    for arguments in (["train", "--resume", "run.dir=~nosuchuser/x"], ["scale", "--run", "~nosuchuser/x", "rollout=2"]):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2, result.output
+        assert "cannot be used as a path" in result.stderr
+
+
+def test_a_note_about_prompts_may_hold_what_looks_like_markup(tmp_path):
+    """[/INST] ends a user's turn in plain text here: kept, counted and noted, and no error of the terminal's."""
+    policy = copied("policy", tmp_path / "policy")
+    (policy / "chat_template.jinja").write_text("{{ bos_token }}[INST] {{ messages[0]['content'] }} [/INST]")
+    prompts = jsonl(tmp_path / "prompts.jsonl", *({"prompt": f"say {n} [/INST] [bold] [INST]"} for n in range(9)))
+    config = str(ROOT / "configs/tiny_cpu.yaml")
+    given = [
+        f"run.dir={tmp_path / 'run'}",
+        f"policy.model={policy}",
+        f"data.prompts={prompts}",
+        "evaluation.prompts=null",
+    ]
+    result = CliRunner().invoke(app, ["train", "--dry-run", "--config", config, *given])
+    assert result.exit_code == 0, result.output
+    assert "9 prompts hold '[/INST]'" in " ".join(result.stderr.split())
+
+
 def test_dry_run_shows_the_plan_and_starts_nothing(tmp_path):
     config, run_dir = str(ROOT / "configs/tiny_cpu.yaml"), tmp_path / "run"
     result = CliRunner().invoke(app, ["train", "--dry-run", "--config", config, f"run.dir={run_dir}", "data.limit=96"])

@@ -38,7 +38,7 @@ def test_a_run_begun_before_cut_responses_were_counted_goes_on(tmp_path):
     buffer = filled(cfg, names=NAMES[5:])
     assert buffer.seal(1, NAMES).cut_responses == 0
     record = json.loads((tmp_path / "iter_1/sealed.json").read_text())
-    del record["cut_responses"]
+    del record["cut_responses"], record["xxh3"]
     (tmp_path / "iter_1/sealed.json").write_text(json.dumps(record))
     assert Ledger(cfg).sealed(1).groups == len(NAMES)
 

@@ -125,6 +125,18 @@ def test_refusals(folder, name):
     assert isinstance(refusal.value, ConfigError)
 
 
+def test_a_hub_behind_a_proxy_that_fails_is_refused(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+
+    def fails(*_, **__):
+        raise HTTPError("proxy: 407")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(NotAPairRM, match=r"proxy: 407.*hf download no-such-owner/no-such-judge"):
+        inspect_pairrm("no-such-owner/no-such-judge", download=True)
+
+
 def test_missing_folder_and_unknown_hub_name(tmp_path):
     with pytest.raises(NotAPairRM, match=r"absent cannot serve .*no such folder"):
         inspect_pairrm(tmp_path / "absent")

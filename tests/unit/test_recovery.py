@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 from groups import config, judged
 
+from sppo_ray import recovery
 from sppo_ray.async_buffer import AsyncBuffer
 from sppo_ray.atomic import checksums_of
 from sppo_ray.buffer import TrainingBuffer
@@ -68,7 +71,7 @@ def test_a_run_without_checksums_on_record_goes_on(tmp_path):
     sealed(cfg)
     path = tmp_path / "iter_1/sealed.json"
     record = json.loads(path.read_text())
-    del record["tables"]
+    del record["tables"], record["xxh3"]
     path.write_text(json.dumps(record))
     assert recover(cfg) == []
     again = TrainingBuffer(cfg)
@@ -152,8 +155,8 @@ def test_a_reference_whose_checksum_was_not_written_yet_is_computed_again(tmp_pa
     sealed(cfg)
     path = tmp_path / "iter_1/sealed.json"
     record = json.loads(path.read_text())
-    del record["tables"]["reference.parquet"]
-    path.write_text(json.dumps(record))
+    del record["tables"]["reference.parquet"], record["xxh3"]
+    Ledger(cfg).write_record(path, record)
     assert Ledger(cfg).reference(1) is None
 
 
@@ -196,6 +199,35 @@ def test_a_damaged_marker_is_named(tmp_path, name):
     trained(cfg)
     cut(tmp_path / "iter_1" / name)
     with pytest.raises(StorageError, match=f"{name} is damaged"):
+        recover(cfg)
+
+
+@pytest.mark.parametrize(("name", "key"), [("sealed.json", "steps"), ("trained.json", "version")])
+def test_another_digit_in_a_marker_is_found(tmp_path, name, key):
+    """It is valid JSON still, and would be believed."""
+    cfg = config(tmp_path)
+    trained(cfg)
+    path = tmp_path / "iter_1" / name
+    record = json.loads(path.read_bytes())
+    path.write_text(json.dumps(record | {key: record[key] + 1}))
+    with pytest.raises(StorageError, match=rf"{name} is damaged \(its checksum"):
+        recover(cfg)
+    path.write_text(json.dumps({k: v for k, v in record.items() if k != "xxh3"}))  # of before there were checksums
+    assert recover(cfg) == []
+    path.write_text("[]")
+    with pytest.raises(StorageError, match=rf"{name} is damaged \(it holds list\)"):
+        recover(cfg)
+
+
+def test_a_disk_that_does_not_let_itself_be_read_is_said(tmp_path, monkeypatch):
+    cfg = config(tmp_path)
+    sealed(cfg)
+
+    def fails(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(recovery, "checksum_of", fails)
+    with pytest.raises(StorageError, match=r"cannot be looked through.*Input/output error.*same command again"):
         recover(cfg)
 
 

@@ -122,6 +122,31 @@ def test_a_disk_that_stays_full_is_said(tmp_path, monkeypatch):
         update_manifest(tmp_path, Storage(0.0), status="done")
 
 
+def test_the_same_command_begins_a_run_that_was_stopped_before_its_config_was_written(tmp_path, monkeypatch):
+    cfg = config(tmp_path, run__storage_patience_s=0)
+    full_for(1, monkeypatch)
+    with pytest.raises(StorageError, match="No space left"), claimed(cfg, {}):
+        pass
+    (tmp_path / ".config.yaml.7.0.tmp").touch()  # of a process that was killed
+    assert not (tmp_path / "config.yaml").exists()
+    check_run_dir(cfg)
+    with claimed(cfg, {}):
+        assert read_manifest(tmp_path)["status"] == "running"
+
+
+def test_a_run_directory_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(ConfigError, match=r"cannot be read .Permission denied.*another directory"):
+        check_run_dir(config(tmp_path))
+    claim(config(tmp_path), {})
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(ConfigError, match=r"config.yaml cannot be read .Permission denied"):
+        check_run_dir(config(tmp_path))
+
+
 def test_what_ended_a_run_is_not_hidden_by_its_full_disk(tmp_path, monkeypatch):
     claim(config(tmp_path), {})
     full_for(1, monkeypatch)

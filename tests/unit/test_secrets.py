@@ -21,7 +21,7 @@ SECRET = "hf_planted0123456789"
 @pytest.mark.parametrize(
     "name",
     ["HF_TOKEN", "RAY_AUTH_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
-     "PGPASSWORD", "MY_SECRET", "wandb.api_key"],
+     "PGPASSWORD", "MY_SECRET", "wandb.api_key", "OPENAI_APIKEY", "AZURE_STORAGE_CONNECTION_STRING", "GITHUB_PAT", "SENTRY_DSN"],
 )  # fmt: skip
 def test_these_hold_a_secret(name: str) -> None:
     assert names_a_secret(name)
@@ -51,6 +51,7 @@ def test_a_secret_need_not_be_a_possible_path(secret: str) -> None:
     [
         (f"401 for {SECRET}: denied", "401 for ***: denied"),
         ("cannot open s3://me:pa%2Fss@bucket/p.parquet", "cannot open s3://***@bucket/p.parquet"),
+        ("s3://me:p@ss@bucket/p", "s3://***@bucket/p"),
         ("https://tok@hub/x and http://a:b@c", "https://***@hub/x and http://***@c"),
         ("https://s/p?X-Amz-Signature=ab12&part=1", "https://s/p?X-Amz-Signature=***&part=1"),
         ("https://s/p?sv=1&sig=ab%3D", "https://s/p?sv=1&sig=***"),
