@@ -15,6 +15,12 @@ from sppo_ray.given import user_path
 TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 INDEX = "model.safetensors.index.json"
+_LOGIT_SCALES = (
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "dim_model_base",
+)  # Cohere, Granite, Falcon-H1, MiniCPM
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 # What a config calls its context, over the families of architectures.
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
@@ -44,6 +50,7 @@ def inspect_policy(model: str, trust_remote_code: bool = False) -> PolicyInfo:
     config = _read_json(folder, "config.json", model)
     _refuse_missing_tokenizer(folder, model)
     architecture = _causal_architecture(config, model)
+    _refuse_scaled_logits(config, model)
     _refuse_foreign_code(config, model, trust_remote_code)
     if not has_chat_template(folder, model):
         _refuse(
@@ -164,6 +171,16 @@ def _causal_architecture(config: dict[str, Any], model: str) -> str:
             "Use a decoder-only text model whose config.json names a ...ForCausalLM architecture",
         )
     return causal
+
+
+def _refuse_scaled_logits(config: dict[str, Any], model: str) -> None:
+    """The learner projects hidden states by itself (logprobs.py), of what comes between head and softmax it knows Gemma-2's cap."""
+    if key := next((key for key in _LOGIT_SCALES if config.get(key) not in (None, 1, 1.0)), None):
+        _refuse(
+            model,
+            f"it scales its logits ({key}={config[key]}), which the learner does not, so it would train on other probabilities",
+            "Use another model, or teach sppo_ray/logprobs.py the scale",
+        )
 
 
 def _refuse_foreign_code(config: dict[str, Any], model: str, trusted: bool) -> None:

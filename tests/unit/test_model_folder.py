@@ -81,6 +81,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "classifier": (with_config(architectures=["LlamaForSequenceClassification"]), "not a causal language model"),
     "encoder-decoder": (with_config(architectures=["T5ForConditionalGeneration"]), "not a causal language model"),
     "no architecture": (with_config(architectures=None), "none named"),
+    "scaled logits": (with_config(logits_scaling=8.0), r"scales its logits \(logits_scaling=8\.0\).*another model"),
     "own code": (with_config(model_type="mystery", auto_map={"AutoConfig": "x.Y"}), r"policy\.trust_remote_code=true"),
 }
 
