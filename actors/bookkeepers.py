@@ -1,5 +1,5 @@
-"""The actors that only keep books, the buffer and the weights hub: nobody stands in for them, so what hangs there would hang the
-run. A call to them has a time limit, and one that hangs leaves its stacks.
+"""The actors of which there is one, and nobody stands in for them: the buffer, the weights hub, and the learner's, which keeps
+watch over the ranks. What hangs there would hang the run. A call to them has a time limit, and one that hangs leaves its stacks.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Running:
     learner: LearnerProcess | None  # None where nothing is trained
     done: TrainedIteration | None  # the last iteration trained before; the rollout workers serve its policy
     create: Callable[[ScaledRole, str], ActorHandle]  # one more rollout or judge worker, by role and name
-    places: Mapping[str, Place]  # of the processes of buffer and hub, by name
+    places: Mapping[str, Place]  # of the processes of buffer, hub and learner, by name
 
     @property
     def system(self) -> System:
@@ -127,6 +127,8 @@ async def _started(
         check_placement(layout, [*await rollout.where(), *placed, *await judge.where()])
     evaluator = HeldOutEvaluator(config, heldout, rollout, judge, fetch, buffer.record, oracle_of(config))
     places = {HUB: await answered(HUB, call(hub, HUB, "ping")), BUFFER: await answered(BUFFER, buffer.ping())}
+    if learner:
+        places[LEARNER] = await answered(LEARNER, learner.ping())
     return Running(rollout, judge, buffer, evaluator, hub, learner, done, create, places)
 
 

@@ -21,6 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
+from actors import stacks
 from actors.cleaner import use_ending_cleaner
 from actors.process import assignment, begin, environment
 from actors.rank_pulse import Member, Watchman, start_pulse
@@ -197,6 +198,10 @@ class LearnerActor:
 
     def __repr__(self) -> str:
         return f"LearnerActor({NAME}, {self._ranks})"
+
+    async def ping(self) -> stacks.Place:
+        """Where its process is: that it is there."""
+        return stacks.here()
 
     async def beat(self, member: Member, place: Place) -> None:
         """A rank's sign of life."""

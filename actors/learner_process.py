@@ -11,15 +11,15 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from actors.learner import NAME
+from actors.rank_pulse import START_GRACE_S
 from actors.revival import RESTART_LIMIT_S
-from actors.workers import failure
+from actors.stacks import Place
+from actors.workers import call, failure
 from sppo_ray.errors import SppoError, WorkerDied, WorkerFailed
 from sppo_ray.layout import Assignment
 from sppo_ray.types import TrainedIteration
 
 logger = logging.getLogger(__name__)
-
-START_GRACE_S = 300.0  # for the ranks to get their places, before their own time limit counts
 
 
 class LearnerProcess:
@@ -28,7 +28,7 @@ class LearnerProcess:
     def __init__(self, actor: Any, buffer: Any, timeout_s: float) -> None:
         """actor, buffer: handles of the LearnerActor and the buffer. timeout_s: learner.timeout_s, after which ranks that
         hang while they start are named by the learner itself; a shorter wait would hide that."""
-        self._buffer = buffer
+        self._actor, self._buffer = actor, buffer
         self._start_limit_s = max(RESTART_LIMIT_S, timeout_s + START_GRACE_S)
         self._fit = actor.fit.remote()
 
@@ -52,6 +52,11 @@ class LearnerProcess:
         """Raises WorkerFailed if the learner has failed."""
         if ray.wait([self._fit], timeout=0)[0]:
             _result(self._fit)
+
+    async def ping(self) -> Place:
+        """Where the process of its actor is, which watches over the ranks. Raises WorkerDied if it is no more."""
+        place: Place = await call(self._actor, NAME, "ping")
+        return place
 
     async def join(self, timeout_s: float) -> None:
         """Wait until the learner is at its StopTask, but no longer than this: it has nothing left to do. Raises WorkerFailed

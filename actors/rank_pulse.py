@@ -19,11 +19,13 @@ from ray.exceptions import RayActorError
 
 from actors import stacks
 from actors.ranks import Way
+from sppo_ray.errors import WorkerDied
 from sppo_ray.rank_watch import Place, RankWatch
 
 logger = logging.getLogger(__name__)
 ANSWER_S = 5.0  # for a process that is not stopped to say that it is there
 AT_MOST_EVERY_S = 0.2
+START_GRACE_S = 300.0  # for ranks to get their places, before their own time limit counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +68,14 @@ class Watchman:
         self._watch = RankWatch(timeout_s)
         self._members: dict[int, Member] = {}
         self._over: set[str] = set()  # groups that are no more
+        self._ended_at: float | None = None  # when ranks were ended, until others are there
 
     def heard(self, member: Member, place: Place) -> None:
         if member.group in self._over:
             return
         if any(known.group != member.group for known in self._members.values()):
             self._forget()
-        self.said = ""
+        self.said, self._ended_at = "", None
         self._members[member.rank] = member
         self._watch.heard(member.rank, place, time.monotonic())
 
@@ -87,9 +90,12 @@ class Watchman:
             watching.cancel()
 
     async def watch(self) -> None:
-        """Until cancelled."""
+        """Until cancelled. Raises WorkerDied if Ray Train, which may hang itself, does not start ranks again."""
+        limit_s = self._timeout_s + START_GRACE_S
         while True:
             await asyncio.sleep(interval_s(self._timeout_s))
+            if self._ended_at is not None and time.monotonic() > self._ended_at + limit_s:
+                raise WorkerDied(f"learner: Ray Train did not start its ranks again within {limit_s:g} s. {self.said}")
             if ranks := self._watch.hanging(time.monotonic()):
                 text, hanging = self._watch.describe(ranks), [self._members[rank] for rank in ranks]
                 members = list(self._members.values())
@@ -105,6 +111,7 @@ class Watchman:
         logger.error("%s", self.said)
         for member in hanging:
             ray.kill(member.handle)
+        self._ended_at = time.monotonic()
 
     def _forget(self) -> None:
         self._over |= {member.group for member in self._members.values()}

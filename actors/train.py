@@ -19,6 +19,7 @@ from actors.buffer import NAME as BUFFER
 from actors.build import Running, running
 from actors.cluster import connected
 from actors.fleet import Fleet
+from actors.learner import NAME as LEARNER
 from actors.process import give_memory_back
 from actors.tally import Tally
 from actors.weights import NAME as HUB
@@ -144,6 +145,7 @@ async def _follow(now: Running, progress: RunProgress, tally: Tally, run_dir: st
         await asyncio.sleep(1.0)
         if now.learner:
             now.learner.check()
+            await answered(LEARNER, now.learner.ping(), now.places[LEARNER], run_dir)
         await answered(HUB, call(now.hub, HUB, "ping"), now.places[HUB], run_dir)
         seen = await answered(BUFFER, now.buffer.look(), now.places[BUFFER], run_dir)
         if seen.step and seen.step["step"] != shown:

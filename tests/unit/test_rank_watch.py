@@ -178,6 +178,21 @@ def test_a_group_that_begins_while_the_last_one_is_ended_is_watched(
     run_virtual(job())
 
 
+def test_ranks_that_nobody_starts_again_end_the_work(ended: list[tuple[str, int, float]]) -> None:
+    """Ray Train's controller hangs too, say. The ranks, ended at 170 s, are waited for as long as any that start."""
+
+    async def job() -> None:
+        watchman = Watchman(100, "run")
+        watchman.heard(Rank("first", 0).member, BACKWARD)
+        with pytest.raises(
+            WorkerDied, match=r"did not start its ranks again within 400 s\. learner-0 did not reach step 13"
+        ):
+            await watchman.over(asyncio.sleep(10**6))
+        assert 570 < asyncio.get_running_loop().time() < 580
+
+    run_virtual(job())
+
+
 def test_an_error_of_the_watch_ends_the_work(
     ended: list[tuple[str, int, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
