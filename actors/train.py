@@ -86,6 +86,7 @@ async def _train(config: Config, layout: Layout, checked: Preflight, console: Co
         held = await in_daemon_thread(partial(groups_on_disk, config))
         progress.say("starting the workers")
         async with running(config, layout, checked.prompts.heldout, checked.prompts.slices) as now:
+            await now.buffer.record({"event": "prompts"} | dataclasses.asdict(checked.prompts.report))
             tally = Tally(Path(config.run.dir), held)
             followers = _followers(now, config, progress, tally, mirror)
             try:
