@@ -255,4 +255,6 @@ def describe_failure(error: BaseException) -> str:
 
 def _lost_a_peer(failure: BaseException) -> bool:
     text = str(failure)
-    return not isinstance(failure, SppoError) and any(word in text for word in ("Connection closed by peer", "gloo", "NCCL"))
+    return not isinstance(failure, SppoError) and any(
+        word in text for word in ("Connection closed by peer", "gloo", "NCCL")
+    )
