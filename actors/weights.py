@@ -17,7 +17,7 @@ from actors.process import begin
 from actors.stacks import Place, here
 from sppo_ray.config import Config
 from sppo_ray.errors import WeightSyncError
-from sppo_ray.weight_chunks import WeightChunk
+from sppo_ray.types import WeightChunk
 
 NAME = "weights"  # the actor's name in the run's namespace
 

@@ -244,3 +244,13 @@ class CutBatch:
     @classmethod
     def of(cls, data: dict[str, Any]) -> CutBatch:
         return cls(**data | {"groups": tuple((index, version) for index, version in data["groups"])})
+
+
+@dataclass(frozen=True, slots=True)
+class WeightChunk:
+    """Some of a policy's tensors, in order, packed into one array. Offsets follow from dtypes and shapes."""
+
+    names: tuple[str, ...]  # N, as in the Hugging Face checkpoint
+    dtypes: tuple[str, ...]  # N, torch names without the prefix: "bfloat16"
+    shapes: tuple[tuple[int, ...], ...]  # N
+    data: np.ndarray  # uint8 [bytes]; tensor i starts at a multiple of weight_chunks.ALIGNMENT

@@ -10,25 +10,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import xxhash
 
+from sppo_ray.types import WeightChunk
+
 FIRST = 256  # the first chunk is this much smaller than the largest
 SHARE = 8  # of what was packed before is the most that the next chunk holds
 ALIGNMENT = 64  # bytes; the object store's own alignment, enough for every dtype and for vector loads
-
-
-@dataclass(frozen=True, slots=True)
-class WeightChunk:
-    """Some of a policy's tensors, in order, packed into one array. Offsets follow from dtypes and shapes."""
-
-    names: tuple[str, ...]  # N, as in the Hugging Face checkpoint
-    dtypes: tuple[str, ...]  # N, torch names without the prefix: "bfloat16"
-    shapes: tuple[tuple[int, ...], ...]  # N
-    data: np.ndarray  # uint8 [bytes]; tensor i starts at a multiple of ALIGNMENT
 
 
 def pack(named_tensors: Iterable[tuple[str, torch.Tensor]], chunk_bytes: int) -> Iterator[WeightChunk]:

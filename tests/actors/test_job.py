@@ -140,34 +140,6 @@ def test_eval_of_the_saved_policy_gives_the_run_s_own_figures(whole):
         assert any(mode in row and all(f"{figure:.3f}" in row for figure in figures) for row in output.splitlines())
 
 
-def test_taking_turns_changes_nothing(whole, tmp_path):
-    """The colocated protocol on the CPU: the start is published, rollouts sleep and load, the learner really offloads."""
-    script = """
-import sys
-from pathlib import Path
-from rich.console import Console
-from actors.train import train
-from sppo_ray.config_io import load_config
-from sppo_ray.layout import Layout, RoleLayout
-from sppo_ray.preflight import preflight
-config = load_config(Path("configs/tiny_cpu.yaml"), sys.argv[1:])
-one = RoleLayout(workers=1, gpus=0, cpus=0.1)
-train(config, Layout("colocated", one, one, one, 1, 0), preflight(config), Console())
-"""
-    run_dir = tmp_path / "turns"
-    arguments = [*train(run_dir)[3:], "evaluation.prompts=null", "learner.zero_stage=3"]
-    process = subprocess.run(
-        [sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S
-    )
-    assert process.returncode == 0, process.stderr
-    tables = [pq.read_table(folder / "iter_1/train.parquet") for folder in (whole[0], run_dir)]
-    assert tables[0].equals(tables[1])
-    one, other = (load_file(folder / "iter_1/policy/model.safetensors") for folder in (whole[0], run_dir))
-    for name, tensor in one.items():  # ZeRO-3 sums in another order than ZeRO-0
-        assert torch.allclose(tensor, other[name], atol=1e-5), name
-    assert (run_dir / "iter_2/policy/model.safetensors").exists()
-
-
 def test_a_worker_s_own_error_comes_first(tmp_path):
     """The KV cache is too small for one sequence: vLLM says so when the engine starts."""
     process = sppo(*train(tmp_path / "run"), "rollout.kv_cache_mb=8", "cluster.max_restarts=0")
@@ -199,21 +171,42 @@ def interrupted(whole, tmp_path_factory) -> Path:
     return run_dir
 
 
-def test_a_copy_of_a_run_goes_on_elsewhere_with_two_ranks(whole, interrupted, tmp_path):
+def test_a_copy_of_a_run_goes_on_elsewhere_taking_turns_on_two_ranks(whole, interrupted, tmp_path):
+    """The colocated protocol on the CPU: what was saved is published, rollouts sleep and load, the learner really offloads."""
+    script = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from actors.train import train
+from sppo_ray.config_io import load_config
+from sppo_ray.layout import Layout, RoleLayout
+from sppo_ray.preflight import preflight
+from sppo_ray.run_dir import check_run_dir
+config = load_config(Path(sys.argv[1]) / "config.yaml", sys.argv[2:])
+check_run_dir(config)
+one, two = RoleLayout(workers=1, gpus=0, cpus=0.1), RoleLayout(workers=2, gpus=0, cpus=0.1)
+train(config, Layout("colocated", rollout=one, judge=one, learner=two, nodes=1, gpus_per_node=0), preflight(config), Console())
+"""
     run_dir = tmp_path / "elsewhere"
     shutil.copytree(interrupted, run_dir)
-    process = sppo("train", "--resume", f"run.dir={run_dir}", "learner.num_workers=2", "rollout.in_flight=8")
-    output, _ = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 0, output
+    changed = (f"run.dir={run_dir}", "learner.num_workers=2", "learner.zero_stage=3", "rollout.in_flight=8")
+    process = subprocess.run(
+        [sys.executable, "-c", script, str(run_dir), *changed],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
     for name in ("generated", "train"):
         one, other = (pq.read_table(folder / f"iter_2/{name}.parquet") for folder in (whole[0], run_dir))
         assert one.equals(other), name
     one, other = (load_file(folder / "iter_2/policy/model.safetensors") for folder in (whole[0], run_dir))
-    # Two ranks sum in another order than one; see test_rmsprop_agrees_over_ranks_and_stages.
+    # Two ranks sum in another order than one, and ZeRO-3 than ZeRO-0; see test_rmsprop_agrees_over_ranks_and_stages.
     found = torch.cat([(tensor - other[name]).abs().flatten() for name, tensor in one.items()])
     assert found.max() < 1e-4
     assert (found > 1e-6).float().mean() < 1e-3
-    assert "going on after iteration 1" in output
+    assert "going on after iteration 1" in process.stdout
     assert (run_dir / "logs/learner-1.log").exists()
 
 
