@@ -93,7 +93,12 @@ def _loop(config: Config, buffer: Any, hub: Any, watcher: Any, takes_turns: bool
     placed = ranks.gather(assignment("learner", f"{NAME}-{ranks.rank}"))
     if ranks.first:
         ray.get(buffer.learner_ready.remote(placed))
+    _work(outlet, checkpoints, step)
 
+
+def _work(outlet: _Outlet, checkpoints: Any, step: int) -> None:
+    """One task after the other, from `step` updates on, until there are none."""
+    config, buffer, ranks, engine = outlet.config, outlet.buffer, outlet.ranks, outlet.engine
     while True:
         ranks.way.at("waiting for the buffer", step, limited=False)
         task = ranks.broadcast(ray.get(buffer.next_task.remote(step)) if ranks.first else None)
