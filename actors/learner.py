@@ -19,16 +19,17 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from actors import stacks
 from actors.cleaner import use_ending_cleaner
+from actors.learner_failures import NAME, FirstCause, Teller, describe_failure
 from actors.process import assignment, begin, environment
 from actors.rank_pulse import Member, Watchman, start_pulse
 from actors.ranks import Ranks, Way
 from actors.train_reports import place, report
 from sppo_ray.config import Config
-from sppo_ray.errors import LearnerError, SppoError, WorkerDied
+from sppo_ray.errors import LearnerError, WorkerDied
 from sppo_ray.layout import Layout
 from sppo_ray.rank_watch import Place
 from sppo_ray.storage import Storage, StorageError
@@ -42,7 +43,6 @@ from sppo_ray.types import (
     TrainTask,
 )
 
-NAME = "learner"
 # Collectives give up by themselves so much later than the watchman, who names the rank: if he himself is gone.
 COLLECTIVE_GRACE_S = 60
 POLL_S = 0.5  # in which Ray Train takes one report, and hears of a rank that ended
@@ -193,7 +193,7 @@ class LearnerActor:
         """buffer, hub: actor handles."""
         self._ranks = f"{layout.learner.workers} ranks on {'gpu' if layout.learner.gpus else 'cpu'}"
         begin(config.run.dir, NAME)
-        self._watchman = Watchman(config.learner.timeout_s, config.run.dir)
+        self._watchman, self._cause = Watchman(config.learner.timeout_s, config.run.dir), FirstCause()
         # Ray Train ends ranks that do not answer, but names none: not before the watchman has.
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.learner.timeout_s + COLLECTIVE_GRACE_S)
         os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(POLL_S)
@@ -212,13 +212,22 @@ class LearnerActor:
         """A rank's sign of life."""
         self._watchman.heard(member, place)
 
+    async def failed(self, ranks: str) -> None:
+        """From Ray Train's controller, before it starts the ranks again."""
+        logger.error("%s", text := self._with_hung(ranks))
+        self._cause.failed(text, self._watchman.step)
+
+    def _with_hung(self, failure: str) -> str:
+        return "\n".join(filter(None, [self._watchman.said, failure]))
+
     async def fit(self) -> None:
-        """Returns at the StopTask. Raises WorkerDied with the failing rank's own error, or the names of those that hung."""
+        """Returns at the StopTask. Raises WorkerDied with the failing rank's own error, or the names of those that hung; of
+        failures that followed each other without an update between them, with the first."""
         try:
             await self._watchman.over(asyncio.to_thread(self._train))
         except (TrainingFailedError, RayError) as error:
-            found = self._watchman.said, describe_failure(error)
-            raise WorkerDied("\n".join(filter(None, found))) from None
+            last = self._with_hung(describe_failure(error))
+            raise WorkerDied(self._cause.of(last, self._watchman.step)) from None
 
     def _train(self) -> None:
         result = self._trainer.fit()
@@ -239,27 +248,8 @@ def _trainer(config: Config, layout: Layout, handles: dict[str, Any]) -> TorchTr
             **place(config.run.dir),
             # Without the second limit a cluster that can never hold the workers is asked for ever.
             failure_config=FailureConfig(max_failures=config.learner.max_restarts, controller_failure_limit=3),
+            callbacks=[Teller(handles["watcher"])],
             worker_runtime_env={"env_vars": environment(gpus, config.cluster.threads)},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
-    )
-
-
-def describe_failure(error: BaseException) -> str:
-    """One text, the cause first: the traceback of the rank that failed by itself, before those that lost a peer."""
-    if not isinstance(error, WorkerGroupError):
-        return f"{NAME}: {error}"
-    failures = sorted(error.worker_failures.items(), key=lambda item: (_lost_a_peer(item[1]), item[0]))
-    if not failures:  # the group did not start, or was found hanging
-        return f"{NAME}: {error}"
-    rank, first = failures[0]
-    notes = "\n".join(getattr(first, "__notes__", ()))
-    others = ", ".join(f"{NAME}-{r}" for r, _ in failures[1:])
-    return f"{NAME}-{rank}: {first}\n{notes}" + (f"Also failed: {others}." if others else "")
-
-
-def _lost_a_peer(failure: BaseException) -> bool:
-    text = str(failure)
-    return not isinstance(failure, SppoError) and any(
-        word in text for word in ("Connection closed by peer", "gloo", "NCCL")
     )

@@ -14,7 +14,7 @@ import ray
 
 import sppo_ray
 from sppo_ray.layout import Assignment, Role
-from sppo_ray.secrets import HidingFormatter
+from sppo_ray.secrets import hide_in_logs
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ def environment(gpus: bool, threads: int) -> dict[str, str]:
 
 
 def begin(run_dir: str, name: str) -> None:
-    """To be called first by every actor: its output goes to its log, its freed memory back to the system."""
+    """To be called first by every actor: its output goes to its log, without secrets, its freed memory back to the system."""
+    hide_in_logs()
     _redirect_output(run_dir, name)
     logger.info("%s: sppo-ray %s from %s", name, sppo_ray.__version__, Path(sppo_ray.__file__).parent)
     give_memory_back()
@@ -73,18 +74,23 @@ def give_memory_back(every_s: float = 10.0) -> None:
 
 
 def _redirect_output(run_dir: str, name: str) -> None:
-    """Send this process's stdout, stderr and logging to <run_dir>/logs/<name>.log; children inherit it."""
+    """Send this process's stdout, stderr and logging to <run_dir>/logs/<name>.log; children inherit it. On a disk that takes no log
+    it goes where Ray keeps its workers' output: that is no reason not to work."""
     path = Path(run_dir) / "logs" / f"{name}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-    handler = logging.StreamHandler()
-    handler.setFormatter(HidingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, trouble = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), None
+    except OSError as error:
+        trouble = error
+    else:
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True)
+    if trouble:
+        logger.warning("%s: its log cannot be opened (%s) and is here instead", name, trouble)
 
 
 def assignment(role: Role, name: str) -> Assignment:

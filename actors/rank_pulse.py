@@ -64,6 +64,7 @@ class Watchman:
 
     def __init__(self, timeout_s: float, run_dir: str) -> None:
         self.said = ""  # of ranks that were ended, until others are there
+        self.step = 0  # updates done in the run, as far as any rank got
         self._timeout_s, self._run_dir = timeout_s, run_dir
         self._watch = RankWatch(timeout_s)
         self._members: dict[int, Member] = {}
@@ -76,6 +77,7 @@ class Watchman:
         if any(known.group != member.group for known in self._members.values()):
             self._forget()
         self.said, self._ended_at = "", None
+        self.step = max(self.step, place.step)
         self._members[member.rank] = member
         self._watch.heard(member.rank, place, time.monotonic())
 

@@ -39,7 +39,7 @@ from sppo_ray.threads import in_daemon_thread
 log = logging.getLogger(__name__)
 
 EVERY_S = 20.0
-LAST_PASS_S = 120.0  # how long the end of a run waits for a store that fails, or that takes nothing and says nothing
+SILENCE_S = 120.0  # of a store that takes nothing and says nothing, until it counts; of one that fails, until a run ends without it
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 STATE = ".mirror.json"  # in the run directory: what is in the mirror
 LEFT_OUT = ("logs", "weights")
@@ -66,13 +66,25 @@ class Mirror:
     async def follow(self) -> None:
         """Keeps the mirror up to date; never returns. A store that fails is tried again, and the run goes on."""
         while True:
-            await self._persistently(stop_never)
+            one_pass = asyncio.create_task(self._persistently(stop_never))
+            try:
+                if hangs := await self._hangs(one_pass):
+                    self._warn(f"the mirror {self._url} took nothing for {SILENCE_S:g} s; the run goes on")
+                await one_pass
+            finally:
+                one_pass.cancel()
+            if hangs:
+                self._say(f"the mirror {self._url} works again and is up to date")
             await asyncio.sleep(EVERY_S)
 
     async def finish(self) -> None:
         """The last pass, at the end of a run. A warning is all that a store which still fails makes of it."""
+        last = asyncio.create_task(self._persistently(stop_after_delay(SILENCE_S)))
         try:
-            await self._while_it_moves(asyncio.create_task(self._persistently(stop_after_delay(LAST_PASS_S))))
+            if await self._hangs(last):
+                last.cancel()
+                raise TimeoutError(f"the store took nothing for {SILENCE_S:g} s")
+            await last
         except Exception as error:  # noqa: BLE001 - stores raise errors of many kinds; the run itself is done
             missing = sum(1 for _ in self._changed())
             self._warn(
@@ -80,16 +92,15 @@ class Mirror:
                 f"{self._root} is: copy it by hand, or run the same command again when the store works."
             )
 
-    async def _while_it_moves(self, last: asyncio.Task[None]) -> None:
-        """Raises TimeoutError when the store hangs."""
+    async def _hangs(self, work: asyncio.Task[None]) -> bool:
+        """Waits until `work` is done, or the store has neither taken anything nor failed for too long."""
         self._moved = time.monotonic()
-        while not last.done():
-            left = self._moved + LAST_PASS_S - time.monotonic()
+        while not work.done():
+            left = self._moved + SILENCE_S - time.monotonic()
             if left <= 0:
-                last.cancel()
-                raise TimeoutError(f"the store took nothing for {LAST_PASS_S:g} s")
-            await asyncio.wait([last], timeout=left)
-        last.result()
+                return True
+            await asyncio.wait([work], timeout=left)
+        return False
 
     async def _persistently(self, stop: stop_base) -> None:
         failed = False

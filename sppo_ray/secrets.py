@@ -54,11 +54,20 @@ def hidden(data: Any, environ: Mapping[str, str] = os.environ) -> Any:
     return data
 
 
-class HidingFormatter(logging.Formatter):
-    """Log lines, tracebacks too, without secrets."""
+def hide_in_logs() -> None:
+    """From now on no log line of this process holds a secret, whichever library logs it and whichever handler writes it: vLLM and
+    DeepSpeed have handlers of their own."""
+    logging.setLogRecordFactory(_HidingRecord)
 
-    def format(self, record: logging.LogRecord) -> str:
-        return hide(super().format(record))
+
+class _HidingRecord(logging.LogRecord):
+    def __init__(self, *facts: Any, **more: Any) -> None:
+        super().__init__(*facts, **more)
+        if self.exc_info and self.exc_info[0]:
+            self.exc_text = hide(logging.Formatter().formatException(self.exc_info))  # formatters take it as it is
+
+    def getMessage(self) -> str:
+        return hide(super().getMessage())
 
 
 def refuse_secrets(config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> None:

@@ -157,19 +157,21 @@ def scripted_task(step: int, saved: int, references: Mapping[int, Logps], publis
 
 
 class ScriptedBuffer:
-    """Stands for the buffer actor: answers from the script, keeps what it is told, fails once when asked to."""
+    """Stands for the buffer actor: answers from the script, keeps what it is told, fails when asked to."""
 
     def __init__(
         self,
         policy: str,
         fail_at: int | None = None,
+        failures: int = 1,
         hold_at: Sequence[int] = (),
         checkpoints: str = "",
         poison: bool = False,
     ) -> None:
-        """fail_at, hold_at: steps at which the next task is, the first time it is asked for, an error, or is kept back until
-        `release`; both once their checkpoint is in the folder `checkpoints`, if that is given."""
-        self.policy, self.fail_at, self.poison = policy, fail_at, poison
+        """fail_at, hold_at: steps at which the next task is an error, the first `failures` times it is asked for, or is kept back
+        the first time, until `release`; both once their checkpoint is in the folder `checkpoints`, if that is given."""
+        self.policy, self.fail_at, self.failures, self.poison = policy, fail_at, failures, poison
+        self.failed = 0
         self.hold_at, self.checkpoints = list(hold_at), checkpoints
         self.held, self.released = False, asyncio.Event()
         self.asked: list[int] = []
@@ -189,10 +191,10 @@ class ScriptedBuffer:
 
     async def next_task(self, step: int) -> LearnerTask:
         self.asked.append(step)
-        if step == self.fail_at:
-            self.fail_at = None
+        if step == self.fail_at and self.failed < self.failures:
+            self.failed += 1
             await self._checkpoint(step)
-            raise RuntimeError("the script says: fail once")
+            raise RuntimeError(f"the script says: failure {self.failed}")
         if step in self.hold_at:
             self.hold_at.remove(step)
             await self._checkpoint(step)

@@ -280,14 +280,16 @@ async def test_a_loss_that_is_not_finite_ends_the_run_at_once(
     assert asked == [0, 0]  # the reference, then the poisoned batch, and no second attempt
 
 
-async def test_the_driver_is_told_what_went_wrong(ray_local: None, outcome: Outcome, tmp_path: Path) -> None:
-    """The rank's own error comes first: name, traceback."""
-    config = config_for(tmp_path, outcome.policy, num_workers=2, max_restarts=0)
-    learner = start(config, scripted_buffer(outcome.policy, fail_at=0), None)
+async def test_the_driver_is_told_what_went_wrong_first(ray_local: None, outcome: Outcome, tmp_path: Path) -> None:
+    """Name, error and traceback of the first failure, not only of the one after the last restart."""
+    config = config_for(tmp_path, outcome.policy, num_workers=2, max_restarts=1)
+    learner = start(config, scripted_buffer(outcome.policy, fail_at=0, failures=2), None)
     with pytest.raises(WorkerFailed, match=r"^learner-0") as caught:
         await learner.train(1)
-    assert "the script says: fail once" in str(caught.value)
-    assert "in next_task" in str(caught.value)  # the traceback to the line that raised
+    first, last = str(caught.value).split("(started again, it ended with: ")
+    assert "the script says: failure 1" in first
+    assert "in next_task" in first  # the traceback to the line that raised
+    assert "the script says: failure 2" in last
 
 
 def start(config: Config, buffer: Any, hub: Any) -> LearnerProcess:

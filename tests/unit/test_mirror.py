@@ -210,7 +210,7 @@ async def test_a_store_that_fails_for_a_while_is_said_once(tmp_path):
 
 
 async def test_a_store_that_fails_to_the_end_is_a_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(mirror, "LAST_PASS_S", 0.02)
+    monkeypatch.setattr(mirror, "SILENCE_S", 0.02)
     run(tmp_path / "run", "unsteady://m")
     Unsteady.failing = frozenset(range(1000))
     copier, said, warned = made(tmp_path / "run", "unsteady://m")
@@ -222,7 +222,7 @@ async def test_a_store_that_fails_to_the_end_is_a_warning(tmp_path, monkeypatch)
 
 def test_a_store_that_hangs_holds_nobody_up(tmp_path, monkeypatch):
     """Neither the end of a run nor the end of its event loop; and what it left hanging copies nothing more."""
-    monkeypatch.setattr(mirror, "LAST_PASS_S", 0.05)
+    monkeypatch.setattr(mirror, "SILENCE_S", 0.05)
     run(tmp_path / "run", "unsteady://m")
     copier, said, warned = made(tmp_path / "run", "unsteady://m")
     Unsteady.gate.clear()
@@ -245,6 +245,26 @@ def test_a_store_that_hangs_holds_nobody_up(tmp_path, monkeypatch):
     Unsteady.gate.set()
     with copier._lock:
         assert Unsteady.uploads == 1
+
+
+async def test_a_store_that_hangs_for_a_while_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(mirror, "SILENCE_S", 0.05)
+    run(tmp_path / "run", "unsteady://m")
+    copier, said, warned = made(tmp_path / "run", "unsteady://m")
+    Unsteady.gate.clear()
+    following = asyncio.create_task(copier.follow())
+    async with asyncio.timeout(60):
+        while not warned:
+            await asyncio.sleep(0.01)
+        assert said == []
+        Unsteady.gate.set()
+        while not said:
+            await asyncio.sleep(0.01)
+    following.cancel()
+    (warning,) = warned
+    assert "took nothing for 0.05 s; the run goes on" in warning
+    assert "up to date" in said[0]
+    assert "manifest.json" in names_in("unsteady://m")
 
 
 def test_the_mirror_of_a_finished_run_is_completed(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,15 @@ try:
     raise OSError("https://me:planted-password@store.example/?sig=planted-signature")
 except OSError:
     logging.exception("so did another")
+
+theirs = logging.getLogger("theirs")  # as vLLM's and DeepSpeed's
+theirs.propagate = False
+theirs.addHandler(logging.StreamHandler(sys.stdout))
+theirs.warning("a library says %s", "planted-in-the-token")
+try:
+    raise OSError("planted-in-the-token")
+except OSError:
+    theirs.exception("and raises")
 """
 
 
@@ -52,4 +62,15 @@ def test_what_an_actor_logs_holds_no_secret(tmp_path: Path):
     log = (tmp_path / "logs/actor.log").read_text()
     assert "a call with *** failed" in log
     assert "OSError: https://***@store.example/?sig=***" in log
+    assert "a library says ***" in log
+    assert "OSError: ***" in log
     assert "planted" not in log
+
+
+def test_an_actor_works_on_where_its_log_cannot_be_opened(tmp_path: Path):
+    (tmp_path / "logs").write_text("not a folder")
+    script = "import sys; from actors.process import begin; begin(sys.argv[1], 'actor')"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert re.search(r"actor: its log cannot be opened \(.*logs.*\) and is here instead", done.stderr)
