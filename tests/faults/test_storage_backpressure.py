@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import os
 import secrets
 import time
@@ -45,8 +46,7 @@ from tests.unit.groups import config, judged, prompt
 
 ROOT = Path(__file__).parents[2]
 GROUPS, IN_FLIGHT, WORKERS, MIB = 96, 4, 2, 1 << 20
-# On disk already, but their references wait for Python's garbage collector in one of the processes.
-LINGERING = 24  # groups
+LINGERING = IN_FLIGHT * WORKERS  # groups that are on disk, but word of it has not come to all that hold references
 
 
 @pytest.fixture
@@ -82,10 +82,10 @@ class SlowBuffer(BufferActor):
         self._buffer.store = slowly
 
 
-def large(name: str, iteration: int, version: int) -> JudgedGroup:
-    """About one MiB of text."""
+def large(name: str, iteration: int, version: int, mib: int) -> JudgedGroup:
+    """About so much text. The prompt ids here have three characters, or one or two more."""
     group = judged(name, iteration, version=version)
-    responses = tuple(dataclasses.replace(r, text=f"{name} " * (MIB // 5 // 4)) for r in group.group.responses)
+    responses = tuple(dataclasses.replace(r, text=f"{name} " * (mib * MIB // 5 // 4)) for r in group.group.responses)
     return dataclasses.replace(group, group=dataclasses.replace(group.group, responses=responses))
 
 
@@ -94,13 +94,14 @@ class Sampler:
 
     slots = IN_FLIGHT * WORKERS
 
-    def __init__(self) -> None:
-        self._large = ray.remote(large).options(num_cpus=0.1)
+    def __init__(self, mib: int = 1) -> None:
+        """mib: a group's size."""
+        self._large, self._mib = ray.remote(large).options(num_cpus=0.1), mib
         self.version = self.sampled = 0
 
     async def generate(self, asked, sampling, iteration, epoch=0, protected=False):
         version, self.sampled = self.version, self.sampled + 1
-        ref = self._large.remote(asked.prompt_id, iteration, version)
+        ref = self._large.remote(asked.prompt_id, iteration, version, self._mib)
         await asyncio.to_thread(ray.wait, [ref], fetch_local=False)
         return Handle(ref, Receipt(asked.prompt_id, "rollout-0", 1, 0, version, iteration, epoch))
 
@@ -153,11 +154,15 @@ WATCH = SimpleNamespace(
 )
 
 
-def in_store() -> int:
-    """Bytes."""
+def store() -> Any:
     (node,) = (node for node in ray.nodes() if node["Alive"])
     stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False)
-    return stats.store_stats.object_store_bytes_used
+    return stats.store_stats
+
+
+def in_store() -> int:
+    """Bytes."""
+    return store().object_store_bytes_used
 
 
 class Measured:
@@ -200,10 +205,28 @@ async def test_the_object_store_stays_flat_while_the_disk_is_slow(a_ray, tmp_pat
     sampler = Sampler()
     system = SimpleNamespace(rollout=sampler, judge=sampler, buffer=buffer)
     prompts = [prompt(f"p{n:02d}") for n in range(GROUPS)]
-    async with Measured() as store:
+    async with Measured() as measured:
         await sample_and_judge(system, prompts, 1, cfg, WATCH)
-    store.is_flat_within(IN_FLIGHT * WORKERS)
+    measured.is_flat_within(IN_FLIGHT * WORKERS)
     assert len(await buffer.held(1)) == GROUPS
+
+
+async def test_what_does_not_fit_into_the_object_store_spills(a_ray, tmp_path):
+    """Groups so large that those in flight are half as much again as the store: it stays within its size, and nothing is lost."""
+    cfg = config(tmp_path, rollout__in_flight=IN_FLIGHT, rollout__num_workers=WORKERS, buffer__shard_groups=1)
+    buffer = BufferClient(ray.remote(SlowBuffer).options(num_cpus=0).remote(cfg))
+    before, size = store().spilled_bytes_total, store().object_store_bytes_avail
+    sampler = Sampler(mib=math.ceil(1.5 * size / MIB / (IN_FLIGHT * WORKERS)))
+    system = SimpleNamespace(rollout=sampler, judge=sampler, buffer=buffer)
+    prompts = [prompt(f"p{n:02d}") for n in range(2 * IN_FLIGHT * WORKERS)]
+    async with Measured() as measured:
+        await sample_and_judge(system, prompts, 1, cfg, WATCH)
+    print(
+        f"object store: {max(measured.seen):.0f} of {size / MIB:.0f} MiB, {store().spilled_bytes_total - before >> 20} MiB spilled"
+    )
+    assert size / MIB / 2 < max(measured.seen) <= size / MIB
+    assert store().spilled_bytes_total > before
+    assert len(await buffer.held(1)) == len(prompts)
 
 
 async def test_the_object_store_stays_flat_while_the_learner_is_slow(a_ray, tmp_path):
@@ -232,9 +255,9 @@ async def test_the_object_store_stays_flat_while_the_learner_is_slow(a_ray, tmp_
         ahead.append(sampler.sampled - batch * learner.step)
 
     watch = SimpleNamespace(**(vars(WATCH) | {"sampled": sampled}))
-    async with Measured() as store:
+    async with Measured() as measured:
         await asynchronous.run(System(sampler, sampler, BufferClient(actor), learner, sampler), slices, cfg, watch)
     await learning
-    store.is_flat_within(IN_FLIGHT * WORKERS)
+    measured.is_flat_within(IN_FLIGHT * WORKERS)
     assert sampler.sampled == GROUPS
     assert batch < max(ahead) <= 2 * batch  # it was the learner that held sampling back
