@@ -46,6 +46,7 @@ from sppo_ray.types import (
 # Collectives give up by themselves so much later than the watchman, who names the rank: if he himself is gone.
 COLLECTIVE_GRACE_S = 60
 POLL_S = 0.5  # in which Ray Train takes one report, and hears of a rank that ended
+LOOK_LIMIT_S = 30.0  # for the buffer to say how far the run is
 logger = logging.getLogger(__name__)
 
 
@@ -194,6 +195,7 @@ class LearnerActor:
         self._ranks = f"{layout.learner.workers} ranks on {'gpu' if layout.learner.gpus else 'cpu'}"
         begin(config.run.dir, NAME)
         self._watchman, self._cause = Watchman(config.learner.timeout_s, config.run.dir), FirstCause()
+        self._buffer = buffer
         # Ray Train ends ranks that do not answer, but names none: not before the watchman has.
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.learner.timeout_s + COLLECTIVE_GRACE_S)
         os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(POLL_S)
@@ -215,7 +217,16 @@ class LearnerActor:
     async def failed(self, ranks: str) -> None:
         """From Ray Train's controller, before it starts the ranks again."""
         logger.error("%s", text := self._with_hung(ranks))
-        self._cause.failed(text, self._watchman.step)
+        self._cause.failed(text, await self._updates())
+
+    async def _updates(self) -> int:
+        """Done in the run, as far as the buffer that is there now has heard of them."""
+        try:
+            async with asyncio.timeout(LOOK_LIMIT_S):
+                look = await self._buffer.look.remote()
+        except (RayError, TimeoutError):  # the buffer died: all actors are about to be started again
+            return 0
+        return int(look.step.get("step", 0))
 
     def _with_hung(self, failure: str) -> str:
         return "\n".join(filter(None, [self._watchman.said, failure]))
@@ -227,7 +238,7 @@ class LearnerActor:
             await self._watchman.over(asyncio.to_thread(self._train))
         except (TrainingFailedError, RayError) as error:
             last = self._with_hung(describe_failure(error))
-            raise WorkerDied(self._cause.of(last, self._watchman.step)) from None
+            raise WorkerDied(self._cause.of(last, await self._updates())) from None
 
     def _train(self) -> None:
         result = self._trainer.fit()

@@ -31,7 +31,7 @@ class FirstCause:
         self._first, self._step = "", -1
 
     def failed(self, what: str, step: int) -> None:
-        """step: updates done in the run by then."""
+        """step: updates on record by then; fewer than before while some are done again."""
         if step > self._step:
             self._first, self._step = what, step
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 
 from actors import stacks
 from actors.ranks import Way
+from actors.revival import DEATHS
 from sppo_ray.errors import WorkerDied
 from sppo_ray.rank_watch import Place, RankWatch
 
@@ -64,7 +64,6 @@ class Watchman:
 
     def __init__(self, timeout_s: float, run_dir: str) -> None:
         self.said = ""  # of ranks that were ended, until others are there
-        self.step = 0  # updates done in the run, as far as any rank got
         self._timeout_s, self._run_dir = timeout_s, run_dir
         self._watch = RankWatch(timeout_s)
         self._members: dict[int, Member] = {}
@@ -77,7 +76,6 @@ class Watchman:
         if any(known.group != member.group for known in self._members.values()):
             self._forget()
         self.said, self._ended_at = "", None
-        self.step = max(self.step, place.step)
         self._members[member.rank] = member
         self._watch.heard(member.rank, place, time.monotonic())
 
@@ -125,7 +123,7 @@ async def _is_dead(member: Member) -> bool:
     """False too of a process that does not answer."""
     try:
         await asyncio.wait_for(_ready(member.handle), ANSWER_S)
-    except RayActorError:
+    except DEATHS:
         return True
     except TimeoutError:
         return False

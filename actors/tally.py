@@ -6,8 +6,10 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock, Thread
 
 from actors.build import Running
+from sppo_ray.errors import SppoError
 from sppo_ray.progress import RunProgress
 from sppo_ray.run_dir import read_manifest, update_manifest
 from sppo_ray.types import Look
@@ -29,14 +31,18 @@ class Tally:
         self._before["run"] = len(before.get("resumed", []))
         self._sampled, self._repeated = max(held, before.get("groups_sampled", 0)), before.get("updates_repeated", 0)
         self._kept_at = time.monotonic()
+        self._keeping: Thread | None = None
+        self._lock = Lock()
 
     def keep_now_and_then(self, now: Running, progress: RunProgress) -> None:
-        if time.monotonic() - self._kept_at > EVERY_S:
+        """In a thread, which nobody waits for: it may hang with its file server."""
+        if time.monotonic() - self._kept_at > EVERY_S and not (self._keeping and self._keeping.is_alive()):
             self._kept_at = time.monotonic()
-            self.keep(now, progress)
+            self._keeping = Thread(target=self.keep, args=(now, progress), name="tally", daemon=True)
+            self._keeping.start()
 
     def keep(self, now: Running, progress: RunProgress) -> None:
-        """Write the counts as they are. A disk that refuses them is no reason to stop."""
+        """Write the counts as they are. A disk that refuses them, or does not show the manifest, is no reason to stop."""
         here = {
             "rollout": now.rollout.restarts,
             "judge": now.judge.restarts,
@@ -44,7 +50,7 @@ class Tally:
             "run": 0,
         }
         restarts = {role: self._before[role] + count for role, count in here.items()}
-        with suppress(OSError):
+        with suppress(OSError, SppoError), self._lock:
             update_manifest(
                 self._root,
                 restarts=restarts,

@@ -30,7 +30,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO, _place_kernel_tensors
 
+from sppo_ray.secrets import hide_in_logs
 from sppo_ray.weight_chunks import WeightChunk, unpack
+
+hide_in_logs()  # an engine's process of its own begins with nothing else of ours, and writes to its actor's log
 
 BACKEND = "sppo_chunks"
 EXTENSION = "actors.weight_transfer.WorkerExtension"

@@ -7,19 +7,19 @@ worker is simply made again, here or on the worker started in its place: the gro
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 from ray.actor import ActorHandle
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
-from actors.revival import RESTART_LIMIT_S, Revival, Worker, WorkerLost, describe, hung, log_of
-from sppo_ray.errors import GroupAborted, GroupLost, WorkerDied, WorkerFailed
+from actors.revival import DEATHS, RESTART_LIMIT_S, Revival, Worker, WorkerLost, describe, hung, log_of
+from sppo_ray.errors import GroupAborted, GroupLost, WeightSyncError, WorkerDied, WorkerFailed
 from sppo_ray.ledger import LedgerDamaged
 from sppo_ray.protocols import Handle
 from sppo_ray.types import Prompt, Receipt
 
-ATTEMPTS = 3  # a call that three workers died of is taken for the cause of it
+ATTEMPTS = 3  # a call that three workers died of, where possible on different nodes, is taken for the cause of it
 
 
 class Workers:
@@ -60,8 +60,9 @@ class Workers:
     async def _attempt(self, submit: Any, method: str, args: tuple[Any, ...]) -> Any:
         self._watch_over()
         first: tuple[str, BaseException] | None = None  # the worker that was lost first, and why
+        ill: set[str | None] = set()  # nodes on which one died: the others there may be dead, too
         for _ in range(ATTEMPTS):
-            worker = await self._least_loaded()
+            worker = await self._least_loaded(ill)
             handle = worker.handle
             try:
                 with worker.at_work():
@@ -72,9 +73,10 @@ class Workers:
                 if isinstance(error.cause, ObjectLostError):
                     raise _lost_group(method, args, error.cause) from error
                 raise failure(worker.name, error) from error
-            except RayActorError as error:
+            except DEATHS as error:
                 self.revival.lost(worker, handle, error)
                 first = first or (worker.name, worker.cause or error)
+                ill.add(_node(worker))
             except ObjectLostError as error:
                 raise _lost_group(method, args, error) from error
             except RayError as error:
@@ -89,12 +91,13 @@ class Workers:
             f"{ATTEMPTS} of {ATTEMPTS}. First cause: {describe(cause)}. {log_of(name)}"
         ) from cause
 
-    async def _least_loaded(self) -> Worker:
+    async def _least_loaded(self, ill: Collection[str | None] = ()) -> Worker:
+        """ill: nodes that are avoided while there are others."""
         while True:
             ready = [worker for worker in self.all if worker.up]
             if ready:
                 # One that takes new weights runs empty and would attract every new call, which could only wait there.
-                return min(ready, key=lambda worker: (worker.loading, worker.load))
+                return min(ready, key=lambda worker: (_node(worker) in ill, worker.loading, worker.load))
             self.refuse_if_all_gone()
             returning = [worker.returning for worker in self.all if worker.returning is not None]
             await asyncio.wait(returning, return_when=asyncio.FIRST_COMPLETED)
@@ -190,7 +193,7 @@ class Workers:
                 return await getattr(handle, method).remote(*args)
         except RayTaskError as error:
             raise failure(worker.name, error) from error
-        except RayActorError as error:
+        except DEATHS as error:
             cause: BaseException = error
         except RayError as error:
             raise failure(worker.name, error) from error
@@ -200,6 +203,10 @@ class Workers:
             worker.load -= 1
         self.revival.lost(worker, handle, cause)
         raise WorkerLost(f"{worker.name}: {describe(cause).removeprefix(f'{worker.name}: ')}") from cause
+
+
+def _node(worker: Worker) -> str | None:
+    return worker.place.node_id if worker.place else None
 
 
 def _of_prompt(args: tuple[Any, ...]) -> str:
@@ -212,11 +219,11 @@ def _lost_group(method: str, args: tuple[Any, ...], error: ObjectLostError) -> G
 
 def failure(name: str, error: BaseException) -> WorkerFailed:
     """What the user reads: the actor's name, then its own error, then (as a note) the traceback inside the actor. WorkerDied
-    if a new start mends it: it has no process any more, or found the record damaged."""
+    if a new start mends it: it has no process any more, found the record damaged, or lacks its weights."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     text = str(cause).strip()
     text = text.removeprefix(f"{name}:").strip()  # errors of rollout workers begin with their name already
-    kind = WorkerDied if isinstance(cause, RayActorError | LedgerDamaged) else WorkerFailed
+    kind = WorkerDied if isinstance(cause, (*DEATHS, LedgerDamaged, WeightSyncError)) else WorkerFailed
     failed = kind(f"{name}: {type(cause).__name__}: {text}")
     if isinstance(error, RayTaskError):
         failed.add_note(str(error))

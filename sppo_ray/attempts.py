@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sppo_ray.errors import ConfigError, SppoError, WeightSyncError, WorkerDied
@@ -38,19 +38,20 @@ class Attempts:
         self.more = True
         self.begun = 0  # attempts
         self._root, self._limit, self._say, self._sleep = root, limit, say, sleep
+        self._seen: Progress = (0, 0, 0, 0)  # last
         self._idle = 0  # attempts in a row that got nothing done
         self._first: Exception | None = None  # what ended the first of them
 
     @contextmanager
     def next(self) -> Iterator[None]:
-        before = progress_of(self._root)
+        before = self._progress()
         self.begun += 1
         try:
             yield
             self.more = False
         except AGAIN as error:
             # Other, not further: what is found damaged is taken back first.
-            self._failed(error, moved=progress_of(self._root) != before)
+            self._failed(error, moved=self._progress() != before)
         except SppoError as error:
             if self._first is None:
                 raise
@@ -59,6 +60,11 @@ class Attempts:
                 raise SppoError(f"the run's actors could not be started again: {error}\n{cause}") from error
             error.add_note(cause)
             raise
+
+    def _progress(self) -> Progress:
+        with suppress(OSError):  # a file server that is away: the attempt says so itself
+            self._seen = progress_of(self._root)
+        return self._seen
 
     def _failed(self, error: Exception, moved: bool) -> None:
         if moved:

@@ -143,7 +143,7 @@ class BufferService:
     # Called by the learner.
 
     async def learner_ready(self, ranks: list[Assignment]) -> None:
-        self._learner, self._learner_starts = ranks, self._learner_starts + 1
+        self._learner = ranks
         self._troubles.clear()  # of ranks that are no more
         await self._notify()
 
@@ -152,6 +152,8 @@ class BufferService:
         return await self._when(lambda: self._learner)
 
     async def resume_point(self) -> ResumePoint:
+        """Asked for by the learner's first rank whenever the ranks are started."""
+        self._learner_starts += 1
         async with self._record:
             return self._buffer.resume_point()
 

@@ -20,6 +20,7 @@ from sppo_ray.config_io import dump_config, load_config
 from sppo_ray.errors import ConfigError, SppoError
 from sppo_ray.given import user_path
 from sppo_ray.progress import say
+from sppo_ray.secrets import hide_in_logs
 
 app = typer.Typer(
     name="sppo",
@@ -204,6 +205,7 @@ def _show_result(root: Path) -> None:
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """Errors as a paragraph on stderr and an exit code; a traceback only for what this project did not foresee."""
+    hide_in_logs()
     try:
         yield
     except ConfigError as error:

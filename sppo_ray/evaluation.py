@@ -62,36 +62,44 @@ class HeldOutEvaluator:
     ) -> None:
         self.config, self.prompts, self.rollout, self.scorer = config, prompts, rollout, scorer
         self.fetch, self.record, self.oracle = fetch, record, oracle
+        self._storage = Storage(config.run.storage_patience_s)
 
     async def evaluate(self, iteration: int) -> None:
-        """Policy `iteration` must be the one that is served. Raises StorageError if the disk does not take its responses."""
+        """Policy `iteration` must be the one that is served. Raises StorageError if the disk does not take its responses, or does
+        not give back those of others."""
         if not self.prompts:
             return
-        if not self._path(iteration).exists():
-            rows = await asyncio.gather(*(self._sample(prompt, iteration) for prompt in self.prompts))
-            await self._write(self._path(iteration), pa.Table.from_pylist(rows, schema=SCHEMA))
-        responses = self._read(iteration)
+        responses = await self._read(iteration)
+        if responses is None:
+            responses = list(await asyncio.gather(*(self._sample(prompt, iteration) for prompt in self.prompts)))
+            await self._write(self._path(iteration), pa.Table.from_pylist(responses, schema=SCHEMA))
         figures = summarise(responses, self.oracle)
         if iteration > 0:
             for name, against in (("base", 0), ("previous", iteration - 1)):
-                if not self._path(against).exists():  # damaged, and set aside when the run went on
-                    continue
-                figures |= await self._win_rates(responses, self._read(against), name)
+                if (
+                    others := await self._read(against)
+                ) is not None:  # else damaged, and set aside when the run went on
+                    figures |= await self._win_rates(responses, others, name)
         await self.record({"event": "evaluation", "iteration": iteration, "prompts": len(responses), **figures})
 
     async def _write(self, path: Path, table: pa.Table) -> None:
         def write() -> None:
             write_json(path.with_suffix(".json"), {path.name: write_table(path, table)})
 
-        storage = Storage(self.config.run.storage_patience_s)
-        await in_daemon_thread(lambda: storage.patiently("held-out responses", path, write))
+        await in_daemon_thread(lambda: self._storage.patiently("held-out responses", path, write))
 
     def _path(self, iteration: int) -> Path:
         return Path(self.config.run.dir) / f"iter_{iteration}" / "evaluation.parquet"
 
-    def _read(self, iteration: int) -> list[dict[str, Any]]:
-        """The responses of policy `iteration`, sampled when it was served."""
-        return read_table(self._path(iteration)).to_pylist()
+    async def _read(self, iteration: int) -> list[dict[str, Any]] | None:
+        """The responses of policy `iteration`, sampled when it was served; None if there are none."""
+        path = self._path(iteration)
+
+        def read() -> list[dict[str, Any]] | None:
+            rows: list[dict[str, Any]] | None = read_table(path).to_pylist() if path.exists() else None
+            return rows
+
+        return await in_daemon_thread(lambda: self._storage.patiently("held-out responses", path, read, "read"))
 
     @again_if_lost
     async def _sample(self, prompt: Prompt, iteration: int) -> dict[str, Any]:

@@ -147,13 +147,14 @@ class Ledger:
         """Write the slice's two tables, a row for each of `rows`, in their order; the shards stay as they are until
         `mark_sealed`. Raises LedgerDamaged if a group is missing: it was acknowledged, else nobody would seal."""
         self.settle_batches()
-        table = self.read(iteration)
+        folder = self.folder(iteration) / "ledger"
+        table = self.storage.patiently("the judged groups in", folder, lambda: self.read(iteration), "read")
         position = {} if table is None else {key: n for n, key in enumerate(group_keys(table))}
         missing = [row.prompt_id for row in rows if row.key not in position]
         if table is None or missing:
             raise LedgerDamaged(
                 f"iteration {iteration} cannot be sealed: {len(missing)} prompts have no undamaged group in "
-                f"{self.folder(iteration) / 'ledger'}: {missing[:5]}. When the run goes on, they are made again."
+                f"{folder}: {missing[:5]}. When the run goes on, they are made again."
             )
         table = table.take([position[row.key] for row in rows])
         self.write_table(iteration, "generated.parquet", table)

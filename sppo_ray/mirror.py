@@ -32,7 +32,6 @@ from sppo_ray.config import Config
 from sppo_ray.errors import ConfigError
 from sppo_ray.ledger import SEALED, TRAINED, read_record
 from sppo_ray.run_dir import read_manifest
-from sppo_ray.secrets import hide
 from sppo_ray.storage import StorageError
 from sppo_ray.threads import in_daemon_thread
 
@@ -40,6 +39,7 @@ log = logging.getLogger(__name__)
 
 EVERY_S = 20.0
 SILENCE_S = 120.0  # of a store that takes nothing and says nothing, until it counts; of one that fails, until a run ends without it
+SLOWEST = 10 << 20  # bytes per second of a store that may be silent for the length of a file
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 STATE = ".mirror.json"  # in the run directory: what is in the mirror
 LEFT_OUT = ("logs", "weights")
@@ -59,7 +59,11 @@ class Mirror:
         self._root, self._url = Path(config.run.dir), config.run.mirror
         self._say, self._warn = say, warn
         self._lock = threading.Lock()  # a cancelled pass leaves its thread at work on one file
-        self._moved = 0.0  # when the store last took something, or failed
+        self._moved, self._limit_s = (
+            0.0,
+            SILENCE_S,
+        )  # when the store last took something, or failed; until it counts as silent
+        self._down = False  # as the user was told
         self._store, self._place = fsspec.core.url_to_fs(self._url)
         self._mirrored: dict[str, Mark] | None = None
 
@@ -68,13 +72,11 @@ class Mirror:
         while True:
             one_pass = asyncio.create_task(self._persistently(stop_never))
             try:
-                if hangs := await self._hangs(one_pass):
-                    self._warn(f"the mirror {self._url} took nothing for {SILENCE_S:g} s; the run goes on")
+                if await self._hangs(one_pass):
+                    self._is_down(f"took nothing for {self._limit_s:.3g} s; the run goes on")
                 await one_pass
             finally:
                 one_pass.cancel()
-            if hangs:
-                self._say(f"the mirror {self._url} works again and is up to date")
             await asyncio.sleep(EVERY_S)
 
     async def finish(self) -> None:
@@ -83,7 +85,7 @@ class Mirror:
         try:
             if await self._hangs(last):
                 last.cancel()
-                raise TimeoutError(f"the store took nothing for {SILENCE_S:g} s")
+                raise TimeoutError(f"the store took nothing for {self._limit_s:.3g} s")
             await last
         except Exception as error:  # noqa: BLE001 - stores raise errors of many kinds; the run itself is done
             missing = sum(1 for _ in self._changed())
@@ -94,32 +96,35 @@ class Mirror:
 
     async def _hangs(self, work: asyncio.Task[None]) -> bool:
         """Waits until `work` is done, or the store has neither taken anything nor failed for too long."""
-        self._moved = time.monotonic()
+        self._took()
         while not work.done():
-            left = self._moved + SILENCE_S - time.monotonic()
+            left = self._moved + self._limit_s - time.monotonic()
             if left <= 0:
                 return True
             await asyncio.wait([work], timeout=left)
         return False
 
-    async def _persistently(self, stop: stop_base) -> None:
-        failed = False
+    def _took(self, *_: int | None, limit_s: float | None = None, **__: object) -> None:
+        self._limit_s = limit_s or SILENCE_S
+        self._moved = time.monotonic()
 
+    def _is_down(self, how: str) -> None:
+        if not self._down:
+            self._down = True
+            self._warn(f"the mirror {self._url} {how}")
+
+    async def _persistently(self, stop: stop_base) -> None:
         def outage(state: RetryCallState) -> None:
-            nonlocal failed
             assert state.outcome is not None
-            self._moved = time.monotonic()
-            log.warning("mirror %s: %s", self._url, hide(repr(state.outcome.exception())))
-            if not failed:
-                failed = True
-                self._warn(
-                    f"the mirror {self._url} fails ({state.outcome.exception()}); the run goes on, and the copying is tried again"
-                )
+            self._took()
+            log.warning("mirror %s: %r", self._url, state.outcome.exception())
+            self._is_down(f"fails ({state.outcome.exception()}); the run goes on, and the copying is tried again")
 
         wait = wait_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)
         # Any error: each store has its own kinds, and none of them may harm the run.
         await AsyncRetrying(wait=wait, stop=stop, before_sleep=outage, reraise=True)(self._pass)
-        if failed:
+        if self._down:
+            self._down = False
             self._say(f"the mirror {self._url} works again and is up to date")
 
     async def _pass(self) -> None:
@@ -171,11 +176,10 @@ class Mirror:
                 yield name, path, mark
 
     def _upload(self, path: Path, target: str) -> None:
-        def took(*_: int | None, **__: object) -> None:
-            self._moved = time.monotonic()
-
-        callback = Callback(hooks={"took": took})
+        callback = Callback(hooks={"took": self._took})
         try:
+            # Some stores, local folders among them, say nothing while they take a file.
+            self._took(limit_s=SILENCE_S + path.stat().st_size / SLOWEST)
             protocol = {self._store.protocol} if isinstance(self._store.protocol, str) else {*self._store.protocol}
             if protocol & WHOLE_AT_ONCE:
                 self._store.put_file(str(path), target, callback=callback)
@@ -183,7 +187,7 @@ class Mirror:
                 self._store.makedirs(target.rpartition("/")[0], exist_ok=True)
                 self._store.put_file(str(path), f"{target}.part", callback=callback)
                 self._store.mv(f"{target}.part", target)
-            took()
+            self._took()
         except FileNotFoundError:
             if path.exists():
                 raise  # it is the store that misses something; a file that was removed meanwhile is not

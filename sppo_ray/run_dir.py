@@ -40,6 +40,9 @@ COUNTS = (  # over all attempts at a run
     "restarts", "groups_sampled", "updates_repeated", "groups_generated", "groups_judged", "groups_trained", "groups_regenerated",
 )  # fmt: skip
 LOCK = ".lock"
+MANIFEST_REMEDY = (
+    "put back a whole copy (run.mirror's, if there is one); without one it may be deleted: it only describes the run"
+)
 PACKAGES = (
     "ray",
     "torch",
@@ -128,19 +131,23 @@ def claim(config: Config, facts: dict[str, Any]) -> None:
 
 
 def update_manifest(root: Path, storage: Storage | None = None, /, **facts: Any) -> None:
-    """Add facts, e.g. status and counts. storage: waits out a fault, then raises StorageError; without it, OSError at once."""
-    path, manifest = root / "manifest.json", hidden(read_manifest(root) | {"updated": _now()} | facts)
+    """Add facts, e.g. status and counts, to a manifest that is there: one that a file server does not show now is not begun
+    anew. storage: waits out a fault, then raises StorageError; without it, OSError at once."""
+    path = root / "manifest.json"
+
+    def update() -> None:
+        write_json(path, hidden(_parsed(path, json.loads, MANIFEST_REMEDY) | {"updated": _now()} | facts))
+
     if storage is None:
-        write_json(path, manifest)
+        update()
     else:
-        storage.patiently("the manifest", path, lambda: write_json(path, manifest))
+        storage.patiently("the manifest", path, update)
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
     """{} if there is none. Raises ConfigError for one that is damaged."""
     path = root / "manifest.json"
-    remedy = "put back a whole copy (run.mirror's, if there is one); without a mirror it may be deleted: it only describes the run"
-    return _read_mapping(path, json.loads, remedy) if path.exists() else {}
+    return _read_mapping(path, json.loads, MANIFEST_REMEDY) if path.exists() else {}
 
 
 def sources(config: Config) -> dict[str, str]:
@@ -171,11 +178,16 @@ def _own_config(root: Path) -> dict[str, Any]:
 
 def _read_mapping(path: Path, parse: Callable[[str], Any], remedy: str) -> dict[str, Any]:
     try:
-        found = parse(path.read_text(encoding="utf-8"))
+        return _parsed(path, parse, remedy)
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}): see to its permissions, or name another run.dir."
         ) from None
+
+
+def _parsed(path: Path, parse: Callable[[str], Any], remedy: str) -> dict[str, Any]:
+    try:
+        found = parse(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is damaged ({' '.join(str(error).split())}): {remedy}.") from None
     if not isinstance(found, dict):

@@ -1,4 +1,5 @@
-"""Writes that wait out a fault of the storage: a full disk, a read-only mount, a file server that is away for a minute.
+"""Writes and reads that wait out a fault of the storage: a full disk, a read-only mount, a file server that is away for a minute,
+whether it says so or hangs.
 
 Nothing of a run is lost by waiting: what is not on disk is not acknowledged, so whoever made it holds it, and asks for no
 more than `rollout.in_flight` lets it.
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 FIRST_WAIT_S = 0.5  # doubled after each attempt
 LONGEST_WAIT_S = 15.0
+SLOW_S = 30.0  # for one attempt, until it is said: a file server that hangs raises nothing
 REMEDIES = {
     errno.ENOSPC: "free some space there",
     errno.EDQUOT: "free some of the quota or have it raised",
@@ -44,7 +46,8 @@ class Storage:
         """patience_s: how long to go on trying; 0: not at all. hear: gets `trouble` whenever it changes."""
         self._patience_s, self._hear = patience_s, hear
         self._lock = threading.Lock()
-        self._waiting: dict[object, str] = {}  # by attempt
+        self._waiting: dict[object, str] = {}  # by piece of work
+        self._at_work: set[object] = set()
 
     @property
     def trouble(self) -> str:
@@ -52,16 +55,30 @@ class Storage:
         with self._lock:
             return next(iter(self._waiting.values()), "")
 
-    def patiently(self, what: str, path: Path, write: Callable[[], T]) -> T:
-        """What `write` returns. It is called again, with growing pauses, while it raises OSError, so it must be repeatable.
+    def patiently(self, what: str, path: Path, do: Callable[[], T], verb: str = "write") -> T:
+        """What `do` returns. It is called again, with growing pauses, while it raises OSError, so it must be repeatable.
 
         Blocks its thread. Raises StorageError, which names path, error and remedy, when patience is at its end.
         """
-        attempt, until = object(), time.time() + self._patience_s
+        work, until = object(), time.time() + self._patience_s
+        with self._lock:
+            self._at_work.add(work)
 
         def tell(state: RetryCallState) -> None:
             assert state.outcome is not None
-            self._waits(attempt, self._pause(what, path, state.outcome.exception(), until))
+            self._waits(work, self._pause(f"{verb} {what} {path}", path, state.outcome.exception(), until))
+
+        def watched() -> T:
+            hangs = (
+                f"the run waits: to {verb} {what} {path} takes more than {SLOW_S:g} s. See to the disk or file server."
+            )
+            timer = threading.Timer(SLOW_S, self._waits, (work, hangs))
+            timer.daemon = True
+            timer.start()
+            try:
+                return do()
+            finally:
+                timer.cancel()
 
         attempts = Retrying(
             retry=retry_if_exception_type(OSError),
@@ -71,11 +88,11 @@ class Storage:
             reraise=True,
         )
         try:
-            return attempts(write)
+            return attempts(watched)
         except OSError as error:
-            raise StorageError(self._end(what, path, error)) from error
+            raise StorageError(self._end(f"{verb} {what} {path}", path, error)) from error
         finally:
-            self._over(attempt)
+            self._over(work)
 
     def _pause(self, what: str, path: Path, error: BaseException | None, until: float) -> str:
         return (
@@ -89,24 +106,26 @@ class Storage:
             f"disk: {_remedy(error)}, then go on with the run by the same command."
         )
 
-    def _waits(self, attempt: object, text: str) -> None:
+    def _waits(self, work: object, text: str) -> None:
         with self._lock:
-            new = attempt not in self._waiting
-            self._waiting.setdefault(attempt, text)
+            new = work in self._at_work and work not in self._waiting
+            if new:
+                self._waiting[work] = text
         if new:
             log.warning("%s", text)
             self._hear(self.trouble)
 
-    def _over(self, attempt: object) -> None:
+    def _over(self, work: object) -> None:
         with self._lock:
-            waited = self._waiting.pop(attempt, None)
+            self._at_work.remove(work)
+            waited = self._waiting.pop(work, None)
         if waited is not None:
             log.warning("no longer: %s", waited)
             self._hear(self.trouble)
 
 
 def _fault(what: str, path: Path, error: BaseException | None) -> str:
-    return f"cannot write {what} {path}: {error} ({_free(path)})"
+    return f"cannot {what}: {error} ({_free(path)})"
 
 
 def _remedy(error: BaseException | None) -> str:

@@ -22,6 +22,7 @@ from sppo_ray.layout import Assignment
 from sppo_ray.tiny.models import build_policy_tokenizer
 from sppo_ray.types import (
     LearnerTask,
+    Look,
     Probe,
     Publication,
     PublishTask,
@@ -219,6 +220,9 @@ class ScriptedBuffer:
 
     async def release(self) -> None:
         self.released.set()
+
+    async def look(self) -> Look:
+        return Look(self.steps[-1] if self.steps else {}, "", 0, 0)
 
     async def record_reference(self, iteration: int, logps: list[tuple[float, ...]]) -> None:
         self.references[iteration] = logps

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from ray.exceptions import ActorAlreadyExistsError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ActorAlreadyExistsError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from actors.revival import Worker
+from actors.stacks import Place
 from actors.workers import Workers
 from sppo_ray.types import Receipt
 
@@ -24,8 +25,12 @@ class Actor:
         self.number = len(stage.actors)  # of the stage's actors, in the order of creation
 
     def die(self, why: str) -> None:
+        self.end(RayActorError("id", why))
+
+    def end(self, error: RayError) -> None:
+        """What its callers get from now on."""
         if not self.ended.done():
-            self.ended.set_result(why)
+            self.ended.set_result(error)
 
     def __getattr__(self, method: str) -> Method:
         if method.startswith("_"):
@@ -37,7 +42,7 @@ class Actor:
         match method:
             case "ping":
                 await self.start(self)
-                return f"place of {self.name}"
+                return Place(f"node of {self.name}", 1)
             case "score" | "generate" | "load" | "sleep":
                 return await self.work(self, method, *args)
             case _:
@@ -65,7 +70,7 @@ class Method:
         await asyncio.wait([answer, ended], return_when=asyncio.FIRST_COMPLETED)
         if ended.done():
             answer.cancel()
-            raise RayActorError("id", ended.result())
+            raise ended.result()
         try:
             return answer.result()
         except ObjectLostError as error:  # of an argument: what the actor itself raises reaches its caller wrapped

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
+from sppo_ray import attempts
 from sppo_ray.attempts import Attempts, progress_of
 from sppo_ray.errors import ConfigError, LearnerError, SppoError, WeightSyncError, WorkerDied
 from sppo_ray.metrics import MetricsLog
@@ -54,6 +57,20 @@ def test_it_starts_again_after_a_death_and_says_why(tmp_path):
     assert run.begun == 2
     assert "buffer: ActorDiedError" in run.said[0]
     assert str(tmp_path) in run.said[0]
+
+
+def test_a_file_server_that_is_away_does_not_hide_why_an_attempt_ended(tmp_path, monkeypatch):
+    def away(root):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    def loses_its_disk():
+        monkeypatch.setattr(attempts, "progress_of", away)
+        died("buffer: ActorDiedError")()
+
+    run = Run(tmp_path)
+    run.go(loses_its_disk, lambda: None)
+    assert run.begun == 2
+    assert "buffer: ActorDiedError" in run.said[0]
 
 
 def test_weights_that_do_not_arrive_count_as_well(tmp_path):

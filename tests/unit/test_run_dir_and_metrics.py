@@ -207,6 +207,47 @@ def test_counts_go_on_over_all_attempts(tmp_path):
         assert (found["groups_sampled"], found["updates_repeated"]) == (5 * attempt, 2 * attempt)
 
 
+@pytest.mark.parametrize("fault", ["unreadable", "gone"])
+def test_a_manifest_that_a_file_server_does_not_show_is_neither_an_end_nor_begun_anew(tmp_path, monkeypatch, fault):
+    claim(config(tmp_path), {})
+    tally, now = (
+        Tally(tmp_path, held=0),
+        SimpleNamespace(rollout=SimpleNamespace(restarts=1), judge=SimpleNamespace(restarts=0)),
+    )
+    path = tmp_path / "manifest.json"
+    before = path.read_text()
+
+    def away(*_, **__):
+        raise OSError(errno.EIO if fault == "unreadable" else errno.ENOENT, "away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", away)
+        if fault == "gone":
+            patch.setattr(Path, "exists", lambda self: False)
+        tally.keep(now, SimpleNamespace(groups=2))
+    assert path.read_text() == before
+    tally.keep(now, SimpleNamespace(groups=2))
+    assert read_manifest(tmp_path)["restarts"]["rollout"] == 1
+
+
+def test_the_end_of_a_run_waits_until_the_manifest_is_there(tmp_path, monkeypatch):
+    claim(config(tmp_path), {})
+    path, kept = tmp_path / "manifest.json", tmp_path / "away.json"
+    path.rename(kept)
+    said = []
+
+    def back(text):
+        said.append(text)
+        if kept.exists():
+            kept.rename(path)
+
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.001)
+    update_manifest(tmp_path, Storage(60.0, back), status="done")
+    assert read_manifest(tmp_path)["status"] == "done"
+    assert read_manifest(tmp_path)["seed"] == 7
+    assert "cannot write the manifest" in said[0]
+
+
 def test_metrics_hold_each_step_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)

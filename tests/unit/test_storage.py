@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from sppo_ray.buffer_service import BufferService
 from sppo_ray.ledger import Ledger
 from sppo_ray.metrics import MetricsLog, read_metrics
 from sppo_ray.storage import Storage, StorageError
+from sppo_ray.tables import SealedRow
 from sppo_ray.types import CutBatch
 
 CALLS = ("fsync", "replace", "open", "mkdir")  # of os: what the durable writes are made of
@@ -91,6 +93,45 @@ def test_a_write_is_tried_again_and_the_user_hears_of_it(tmp_path):
     ):
         assert part in begun
     assert (over, patient.trouble) == ("", "")
+
+
+def test_a_write_that_hangs_is_said(tmp_path, monkeypatch):
+    """As on a file server that is away and raises nothing."""
+    monkeypatch.setattr(storage, "SLOW_S", 0.01)
+    heard: list[str] = []
+    said, back = threading.Event(), threading.Event()
+
+    def hear(text):
+        heard.append(text)
+        said.set()
+
+    patient = Storage(60.0, hear)
+    hanging = threading.Thread(
+        target=patient.patiently, args=("a table", tmp_path / "t.parquet", lambda: back.wait(60))
+    )
+    hanging.start()
+    assert said.wait(60)
+    assert "to write a table" in patient.trouble
+    assert str(tmp_path / "t.parquet") in patient.trouble
+    back.set()
+    hanging.join()
+    assert (len(heard), heard[1], patient.trouble) == (2, "", "")
+
+
+def test_a_slice_is_sealed_when_its_groups_can_be_read_again(tmp_path, monkeypatch):
+    cfg = config(tmp_path, run__storage_patience_s=60)
+    ledger, faults = Ledger(cfg), [OSError(errno.EIO, "Input/output error")] * 2
+    ledger.append(1, [judged("p0")])
+    real = Ledger._shards
+
+    def shards(self, iteration):
+        if faults:
+            raise faults.pop()
+        return real(self, iteration)
+
+    monkeypatch.setattr(Ledger, "_shards", shards)
+    table = ledger.seal(1, [SealedRow("p0", 0, 1, 0)])
+    assert (names(table), faults) == (["p0"], [])
 
 
 @pytest.mark.parametrize(
@@ -272,6 +313,13 @@ async def test_the_run_ends_when_patience_does(tmp_path, monkeypatch):
         await service.record({"event": "x"})
     with pytest.raises(Exception, match=r"metrics\.jsonl.*Input/output error"):
         await waits_for_ever
+
+
+async def test_a_learner_that_starts_again_is_counted_before_it_is_ready(tmp_path):
+    service = BufferService(config(tmp_path), [["p0"]])
+    for starts in range(3):
+        await service.resume_point()
+        assert (await service.look()).learner_restarts == starts
 
 
 async def test_troubles_of_other_processes_are_said_too(tmp_path):

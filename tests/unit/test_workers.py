@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 from fake_actors import Actor, Stage, never, now, quick, receipt, workers_on
-from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
+from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, RayTaskError
 
 from actors.revival import RESTART_LIMIT_S, back_off_s
-from sppo_ray.errors import GroupLost, WorkerDied, WorkerFailed
+from actors.stacks import Place
+from actors.workers import failure
+from sppo_ray.errors import GroupLost, WeightSyncError, WorkerDied, WorkerFailed
+from sppo_ray.ledger import LedgerDamaged
 from sppo_ray.simulation.clock import run_virtual
 
 pytestmark = pytest.mark.usefixtures("dumped")
@@ -61,6 +64,58 @@ def test_a_finished_call_makes_up_for_the_deaths_before_it() -> None:
         workers = workers_on(stage, max_restarts=1)
         await workers.started(workers.all[0])
         assert [await workers.call("score") for _ in range(12)] == list(range(12))
+
+    run_virtual(job())
+
+
+def test_a_worker_that_ray_ended_for_its_memory_is_started_again() -> None:
+    async def work(actor: Actor, *_: Any) -> int:
+        if actor.number == 0:
+            actor.end(OutOfMemoryError("the node was low on memory"))
+            await asyncio.sleep(1)
+        return actor.number
+
+    async def job() -> None:
+        stage = Stage(work)
+        workers = workers_on(stage)
+        assert await workers.call("score") == 1
+        stage.actors[1].end(OutOfMemoryError("again"))
+        assert await workers.on(workers.all[0], "score") == 2
+
+    run_virtual(job())
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (OutOfMemoryError("the node was low on memory"), True),
+        (ActorDiedError(), True),
+        (RayTaskError("load", "traceback", WeightSyncError("version 3 did not arrive")), True),
+        (RayTaskError("add", "traceback", LedgerDamaged("a shard")), True),
+        (RayTaskError("add", "traceback", ValueError("a bug")), False),
+    ],
+)
+def test_what_a_new_start_of_all_actors_may_mend(error: Exception, again: bool) -> None:
+    assert isinstance(failure("buffer", error), WorkerDied) == again
+
+
+def test_a_call_leaves_a_node_on_which_a_worker_died() -> None:
+    """A lost node takes all its workers, of which the others still look well; the idle ones would be taken first."""
+
+    async def work(actor: Actor, *_: Any) -> str:
+        if actor.name != "far":
+            actor.die("its node is gone")
+        await asyncio.sleep(1)
+        return actor.name
+
+    async def job() -> None:
+        stage = Stage(work)
+        workers = workers_on(stage, "far", "a", "b", "c", "d")
+        for worker in workers.all:
+            worker.place = Place("far" if worker.name == "far" else "near", 1)
+        workers.all[0].load = 100
+        assert await workers.call("score") == "far"
+        assert [actor.name for actor in stage.actors if actor.ended.done()] == ["a"]
 
     run_virtual(job())
 
@@ -123,7 +178,7 @@ def test_a_worker_that_dies_at_its_first_start_has_the_whole_limit_again() -> No
     async def job() -> None:
         workers = workers_on(Stage(quick, start))
         await workers.started(workers.all[0])
-        assert workers.all[0].place == "place of w"
+        assert workers.all[0].place == Place("node of w", 1)
         assert now() == 800 + 800 + 800  # it died, it came back, it was asked
 
     run_virtual(job())
