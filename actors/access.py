@@ -31,17 +31,25 @@ REMEDY = (
 
 def ensure_token() -> None:
     """A local ray.init() switches token authentication on unless told otherwise, and makes a token readable by everyone on
-    the machine if there is none: so make it first, for this user alone."""
+    the machine if there is none: so make it first, for this user alone. Raises ConfigError where it cannot be kept."""
     if os.environ.get("RAY_AUTH_MODE", "token") != "token" or "RAY_AUTH_TOKEN" in os.environ:
         return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
-    if path.exists() and path.stat().st_size:  # an empty one is of a writer that was killed
-        return
-    with (
-        whole_file(path) as temporary,
-        os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file,
-    ):
-        file.write(secrets.token_hex(32))
+    try:
+        if path.exists() and path.stat().st_size:  # an empty one is of a writer that was killed
+            if path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077:  # as Ray itself leaves it
+                path.chmod(0o600)
+            return
+        with (
+            whole_file(path) as temporary,
+            os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file,
+        ):
+            file.write(secrets.token_hex(32))
+    except OSError as error:
+        raise ConfigError(
+            f"the token for Ray cannot be kept at {path} ({error.strerror}): set RAY_AUTH_TOKEN_PATH to a file of your own that can "
+            "be written."
+        ) from None
 
 
 def stay_on_loopback() -> None:

@@ -14,7 +14,7 @@ import ray
 
 import sppo_ray
 from sppo_ray.layout import Assignment, Role
-from sppo_ray.secrets import hide_in_logs
+from sppo_ray.secrets import HidingStream, hide_in_logs
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ def _redirect_output(run_dir: str, name: str) -> None:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.close(descriptor)
+    sys.stdout, sys.stderr = HidingStream.of(1), HidingStream.of(2)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True)
     if trouble:
         logger.warning("%s: its log cannot be opened (%s) and is here instead", name, trouble)

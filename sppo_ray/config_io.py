@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from sppo_ray.config import Config
 from sppo_ray.errors import ConfigError
 from sppo_ray.given import is_unicode, shown, user_path
 from sppo_ray.presets import PRESETS, preset
-from sppo_ray.secrets import HIDDEN, names_a_secret
+from sppo_ray.secrets import HIDDEN, names_a_secret, without_secrets
 
 # Values that name a file or folder when one exists there, and a hub name otherwise.
 SOURCES = ("data.prompts", "policy.model", "judge.model", "evaluation.prompts")
@@ -111,6 +112,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, "merge keys (<<) are not read here: write the keys out", key.start_mark
+                )
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {shown(key.value)} is given twice: keep one", key.start_mark
@@ -119,13 +124,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str) -> Any:
+    """Plain data, by `_Loader`. Raises ValueError."""
     try:
         return yaml.load(text, _Loader)
     except (
         Exception
-    ) as error:  # PyYAML's constructors raise what they like: KeyError for `!!bool x`, ValueError for a 31st of June
-        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split()) or type(error).__name__}.") from error
+    ) as error:  # the constructors raise what they like: KeyError for `!!bool x`, ValueError for a 31st of June
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{where} is not YAML: {error}.") from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -152,11 +165,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
+    told, name = shown(text), re.match(r"[\w.-]+", text)
+    if name and names_a_secret(name[0]):  # what follows is not repeated
+        told, value = f"'{name[0]}...'", HIDDEN
     if not equals or not key:
-        raise ConfigError(f"override {shown(text)} is not of the form key.path=value, e.g. rollout.num_workers=2.")
+        raise ConfigError(f"override {told} is not of the form key.path=value, e.g. rollout.num_workers=2.")
     if key.count(".") > 1:
-        raise ConfigError(f"override {shown(text)}: keys have two parts, section and name, e.g. rollout.num_workers=2.")
-    return key, _parse(_number(value), f"override {shown(text)}: the value")
+        raise ConfigError(f"override {told}: keys have two parts, section and name, e.g. rollout.num_workers=2.")
+    return key, _parse(_number(value), f"override {told}: the value")
 
 
 def _refuse_unusable(data: Mapping[Any, Any], prefix: str = "") -> None:
@@ -220,13 +236,13 @@ def _explain_one(problem: dict[str, Any]) -> str:
         known = _fields_of(location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {'.'.join([*location[:-1], close[0]])}?" if close else f"known here: {', '.join(known)}."
-        value = HIDDEN if names_a_secret(key) else shown(problem["input"])
+        value = HIDDEN if names_a_secret(key) else shown(without_secrets(problem["input"]))
         return f"{key}={value}: unknown key; {hint}"
     if problem["type"] == "missing":
         return f"{key} is required; set it in the config file or as {key}=VALUE on the command line."
     if not key:
         return str(problem["msg"]).removeprefix("Value error, ")
-    return f"{key}={shown(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+    return f"{key}={shown(without_secrets(problem['input']))}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
 
 
 def _key_of(location: list[str]) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +44,9 @@ SLOWEST = 10 << 20  # bytes per second of a store that may be silent for the len
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 STATE = ".mirror.json"  # in the run directory: what is in the mirror
 LEFT_OUT = ("logs", "weights")
+OWN = re.compile(
+    r"(config\.yaml|manifest\.json|metrics\.jsonl|scale\.json|iter_\d+|checkpoints)(\.part)?"
+)  # at the top of a mirror
 MARKERS = (SEALED, TRAINED, "COMPLETE")
 # Where a file appears when its upload is complete; elsewhere it is uploaded beside its place and renamed.
 WHOLE_AT_ONCE = {"s3", "s3a", "gs", "gcs", "abfs", "adl", "az", "oss", "oci", "tos", "hf", "memory"}
@@ -218,22 +222,34 @@ def _mark(path: Path) -> Mark | None:
     return [facts.st_size, facts.st_mtime_ns]
 
 
+def _refuse_folder(said: str, folder: Path, root: Path) -> None:
+    """Of this machine, as a mirror."""
+    if folder == root or root in folder.parents:
+        raise ConfigError(f"{said} lies in run.dir={root}; name a place outside of it.")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    foreign = sorted(name for name in names if not OWN.fullmatch(name))
+    if foreign and "manifest.json" not in names:
+        raise ConfigError(
+            f"{said} holds other things ({foreign[0]}), which might be overwritten; name a folder of its own."
+        )
+
+
 def check_mirror(config: Config) -> None:
     """Raises ConfigError if `run.mirror` names no place that can be used, or one that holds another run."""
     if config.run.mirror is None:
         return
     url, root = config.run.mirror, Path(config.run.dir)
     said = f"run.mirror={url}"
-    if "://" not in url or "::" in url:
+    if not re.fullmatch(r"[A-Za-z][\w+.-]*://.+", url) or "::" in url:
         raise ConfigError(
             f"{said} is not a URL of one folder; give e.g. s3://bucket/{root.name} or file:///backup/{root.name}."
         )
     try:
         store, place = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:  # unknown, or its package is not installed
-        raise ConfigError(f"{said} cannot be used: {error}. Known: s3, gs, abfs, file and others of fsspec.") from None
-    if isinstance(store, LocalFileSystem) and (Path(place) == root or root in Path(place).parents):
-        raise ConfigError(f"{said} lies in run.dir={root}; name a place outside of it.")
+    except Exception as error:  # unknown, its package is not installed, it is not reached at once, ...
+        raise ConfigError(f"{said} cannot be used: {error}. Known: s3, gs, abfs, file and others of fsspec.") from error
+    if isinstance(store, LocalFileSystem):
+        _refuse_folder(said, Path(place).resolve(), root.resolve())
     try:
         there = json.loads(store.cat_file(f"{place}/manifest.json"))["started"]
     except FileNotFoundError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,20 +11,18 @@ from typing import Any, NoReturn
 
 from sppo_ray.errors import ConfigError
 from sppo_ray.given import user_path
+from sppo_ray.tokenizer_errors import tokenizer_errors
 
 # Any one of these sets is a tokenizer.
 TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-INDEX = "model.safetensors.index.json"
-_LOGIT_SCALES = (
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "dim_model_base",
-)  # Cohere, Granite, Falcon-H1, MiniCPM
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Of Cohere, Granite, Falcon-H1, MiniCPM.
+_LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "dim_model_base")
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 # What a config calls its context, over the families of architectures.
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 _METADATA = ["*.json", "*.jinja", "*.model", "merges.txt", "*.py"]
 
 
@@ -67,11 +66,12 @@ def load_tokenizer(policy: PolicyInfo, trust_remote_code: bool = False) -> Any:
     """The policy's tokenizer (transformers). Raises NotAPolicy if its files do not load."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(policy.path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exceptions, and transformers what a garbled field leads to
+    def refusal(why: str) -> NotAPolicy:
         remedy = "Copy the tokenizer's files again from their origin"
-        raise _refusal(policy.model, f"its tokenizer does not load ({_line(error)})", remedy) from error
+        return _refusal(policy.model, f"its tokenizer does not load ({why})", remedy)
+
+    with tokenizer_errors(refusal):
+        return AutoTokenizer.from_pretrained(policy.path, trust_remote_code=trust_remote_code, local_files_only=True)
 
 
 # ---------------------------------------------------------------- where it is
@@ -135,6 +135,8 @@ def _resolve_hub(name: str) -> tuple[Path, frozenset[str]]:
 
 def _read_json(folder: Path, name: str, model: str) -> dict[str, Any]:
     try:
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise ValueError("it is no file")
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         _refuse(model, f"it has no {name}", "Give the folder into which the model was saved with save_pretrained")
@@ -214,8 +216,13 @@ def _weight_files(folder: Path, files: frozenset[str], model: str) -> tuple[str,
         if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
             _refuse(model, f"its {INDEX} does not say which file holds what", "Copy the file again from its origin")
         shards = sorted(set(index.values()))
+        if not shards or not all(name.endswith(".safetensors") for name in shards):
+            _refuse(model, f"its {INDEX} names no safetensors, or other files", "Copy the file again from its origin")
         if missing := [name for name in shards if name not in files]:
             _refuse(model, f"{len(missing)} of {len(shards)} shards are missing ({missing[0]})", "Finish the download")
+    elif WHOLE not in files:
+        found = f"it has {weights[0]}, but neither {WHOLE} nor {INDEX}, by which weights are found"
+        _refuse(model, found, "Finish the download, or save the model again with save_pretrained")
     _open_all((folder / name for name in weights), model)
     return tuple(weights)
 
@@ -227,6 +234,8 @@ def _open_all(paths: Iterable[Path], model: str) -> None:
         if not path.exists():  # a hub file that is not downloaded yet
             continue
         try:
+            if not path.is_file():
+                raise OSError("it is no file")
             with safe_open(path, framework="np"):
                 pass
         except (SafetensorError, OSError) as error:
@@ -235,16 +244,37 @@ def _open_all(paths: Iterable[Path], model: str) -> None:
 
 
 def _refuse_foreign_weights(folder: Path, weights: Iterable[str], config: dict[str, Any], model: str) -> None:
-    """The embedding's rows are the vocabulary that config.json names, else the engine dies when it loads them."""
+    """Embedding and layers are those that config.json names, else the engine dies when it loads them. Of weights that are not all
+    here (a hub model's) only what is here is looked at."""
     from safetensors import safe_open
 
-    said = _size(config, "vocab_size")
-    for path in (folder / name for name in weights if said is not None and (folder / name).exists()):
+    rows, width, layers = (_size(config, key) for key in ("vocab_size", "hidden_size", "num_hidden_layers"))
+    paths, found = [folder / name for name in weights], set[int]()
+    for path in filter(Path.exists, paths):
         with safe_open(path, framework="np") as file:
-            for key in (key for key in file.keys() if key.endswith("embed_tokens.weight")):  # noqa: SIM118
-                if (rows := file.get_slice(key).get_shape()[0]) != said:
-                    found = f"its embedding has {rows} rows but config.json says vocab_size={said}"
-                    _refuse(model, found, "config.json and weights are of different models: copy both from one")
+            for key in file.keys():  # noqa: SIM118
+                if layer := _LAYER.match(key):
+                    found.add(int(layer[1]))
+                if key.endswith("embed_tokens.weight"):
+                    _refuse_embedding(file.get_slice(key).get_shape(), rows, width, model)
+    absent = sorted(set(range(layers or 0)) - found)
+    if found and absent and all(map(Path.exists, paths)):
+        _refuse_foreign(
+            model, f"config.json says num_hidden_layers={layers} but layer {absent[0]} is not in its weights"
+        )
+
+
+def _refuse_embedding(shape: list[int], rows: int | None, width: int | None, model: str) -> None:
+    if len(shape) != 2:
+        _refuse_foreign(model, f"its embedding is no matrix but has the shape {shape}")
+    if rows is not None and shape[0] != rows:
+        _refuse_foreign(model, f"its embedding has {shape[0]} rows but config.json says vocab_size={rows}")
+    if width is not None and shape[1] != width:
+        _refuse_foreign(model, f"its embedding has {shape[1]} columns but config.json says hidden_size={width}")
+
+
+def _refuse_foreign(model: str, found: str) -> NoReturn:
+    _refuse(model, found, "config.json and weights are of different models: copy both from one")
 
 
 def _context_length(config: dict[str, Any]) -> int | None:

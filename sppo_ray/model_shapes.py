@@ -38,6 +38,12 @@ class ModelShape:
     pair_head: bool = False  # deberta-v2: PairRM's head on top
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """All that must be positive."""
+        attention = self.heads, self.kv_heads, self.head_dim
+        return (self.layers, self.hidden, self.intermediate, *attention, self.vocab, self.context)
+
+    @property
     def parameters(self) -> int:
         return _deberta_parameters(self) if self.family == "deberta-v2" else _decoder_parameters(self)
 
@@ -106,11 +112,11 @@ KNOWN: dict[str, ModelShape] = {
 }
 
 
-def model_shape(model: str) -> ModelShape:
+def model_shape(model: str, ranker: str | None = None) -> ModelShape:
     """The shape of a local folder, a published model of the table, or a hub model whose config.json is in the local hub
-    cache; raises ConfigError for anything else."""
+    cache; raises ConfigError for anything else. ranker: whose backbone it is."""
     if Path(model).is_dir():
-        return _read_folder(Path(model))
+        return _read_folder(Path(model), ranker)
     if model in KNOWN:
         return KNOWN[model]
     if Path(model).is_absolute() or model.startswith((".", "~")):
@@ -122,7 +128,7 @@ def model_shape(model: str) -> ModelShape:
             f"the local hub cache, so its shape is unknown: fetch it once with `hf download {model} config.json`, or "
             "give the path of a downloaded folder."
         )
-    return _read_config(cached, model)
+    return _read_config(cached, model, ranker)
 
 
 def _cached_config(model: str) -> Path | None:
@@ -136,23 +142,27 @@ def _cached_config(model: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _read_folder(folder: Path) -> ModelShape:
+def _read_folder(folder: Path, ranker: str | None) -> ModelShape:
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"model folder {folder} has no config.json: give a folder saved by transformers.")
-    return _read_config(path, str(folder))
+    return _read_config(path, str(folder), ranker)
 
 
-def _read_config(path: Path, name: str) -> ModelShape:
+def _read_config(path: Path, name: str, ranker: str | None) -> ModelShape:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error}): copy it again from the model's repository.") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}, not a model's configuration: copy it again.")
     if raw.get("ranker_type") == "pairranker" and raw.get("model_name"):
         # llm-blender's own layout: the shape is that of the backbone named here, but for < 0.1 % of embedding rows.
-        return replace(model_shape(str(raw["model_name"])), name=name, pair_head=True)
+        if ranker:
+            raise ConfigError(
+                f"{path}: the ranker {ranker} names this as its backbone, and it is a ranker itself: copy both again."
+            )
+        return replace(model_shape(str(raw["model_name"]), ranker=name), name=name, pair_head=True)
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ConfigError(
@@ -160,8 +170,11 @@ def _read_config(path: Path, name: str) -> ModelShape:
             "use a model of a known family, or add its formula to sppo_ray/model_shapes.py."
         )
     try:
-        return _shape_of(raw, name)
-    except (KeyError, TypeError, ValueError) as error:
+        shape = _shape_of(raw, name)
+        if not all(0 < size < 2**31 for size in shape.sizes):
+            raise ValueError("a size that is not positive, or beyond reason")
+        return shape
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"{path} lacks or garbles a field of a {family} model ({error!r}): copy it again.") from None
 
 

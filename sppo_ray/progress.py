@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -21,11 +22,14 @@ from sppo_ray.secrets import hide
 from sppo_ray.types import Receipt, SliceSummary, TrainedIteration
 
 LINE_EVERY_S = 10.0
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """A line for the user, as it is: errors hold brackets that are no markup, and may hold secrets."""
-    console.print(hide(text), style=style, markup=False, highlight=False, soft_wrap=True)
+    """A line for the user, as it is: errors hold brackets that are no markup, may hold secrets, and quote what others wrote, which
+    may hold commands to the terminal."""
+    text = _CONTROL.sub(lambda found: repr(found[0])[1:-1], hide(text))
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 class RunProgress:

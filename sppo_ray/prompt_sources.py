@@ -154,8 +154,13 @@ def _hub_rows(name: str, column: str, id_column: str, split: str | None) -> Iter
 def _hub_table(name: str, split: str | None) -> Any:
     """A datasets.Dataset of one split: the one asked for, else the only one, else `train`."""
     import datasets
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
     from huggingface_hub.errors import HTTPError  # base of every transport error, whichever client the hub uses
 
+    if name in _PACKAGED_DATASETS_MODULES:  # it would read every such file below the working directory
+        raise ConfigError(
+            f"{name!r} is a format of files, not a data set: name one .jsonl or .parquet file, or a data set of the hub (owner/name)."
+        )
     try:
         loaded = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, HTTPError) as error:

@@ -263,9 +263,9 @@ def _encode(
     raw: list[RawPrompt], encoder: PromptEncoder, room: int, config: Config, report: PromptReport
 ) -> list[Prompt]:
     prompts = []
-    encoded = encoder.encode_all([prompt.text for prompt in raw])
+    encoded, bare = encoder.encode_all([prompt.text for prompt in raw]), encoder.bare_ids.tolist()
     for prompt, (templated, ids) in zip(raw, encoded, strict=True):
-        if not ids.size:  # a bare template around characters that the tokenizer drops
+        if ids.tolist() == bare:  # a bare template around characters that the tokenizer drops
             report.empty += 1
             continue
         report.special_strings += encoder.holds_special_string(prompt.text)

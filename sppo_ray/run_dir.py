@@ -12,15 +12,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from sppo_ray import __version__
 from sppo_ray.atomic import whole_file, write_json
 from sppo_ray.config import Config
-from sppo_ray.config_io import SOURCES, dump_config, flatten, preset_overrides
+from sppo_ray.config_io import SOURCES, dump_config, flatten, parse_yaml, preset_overrides
 from sppo_ray.errors import ConfigError
 from sppo_ray.fingerprint import fingerprint
+from sppo_ray.given import shown
 from sppo_ray.secrets import hidden
 from sppo_ray.storage import Storage
 
@@ -74,6 +74,8 @@ def check_run_dir(config: Config) -> None:
         return
     changed = _changed_keys(_own_config(root), config)
     before, now = read_manifest(root).get("sources", {}), sources(config)
+    if not isinstance(before, dict):
+        raise ConfigError(f"{root / 'manifest.json'} is damaged (sources: {shown(before)}): {MANIFEST_REMEDY}.")
     changed += [f"the content of {key} is not what it was" for key in before if before[key] != now.get(key)]
     if changed:
         raise ConfigError(
@@ -173,7 +175,7 @@ def _write_config(config: Config) -> None:
 
 
 def _own_config(root: Path) -> dict[str, Any]:
-    return _read_mapping(root / "config.yaml", yaml.safe_load, "put back the config of this run")
+    return _read_mapping(root / "config.yaml", parse_yaml, "put back the config of this run")
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any], remedy: str) -> dict[str, Any]:
@@ -188,7 +190,7 @@ def _read_mapping(path: Path, parse: Callable[[str], Any], remedy: str) -> dict[
 def _parsed(path: Path, parse: Callable[[str], Any], remedy: str) -> dict[str, Any]:
     try:
         found = parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({' '.join(str(error).split())}): {remedy}.") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds {type(found).__name__}, not keys and values: {remedy}.")

@@ -19,12 +19,14 @@ from sppo_ray.atomic import write_json
 from sppo_ray.config import Config
 from sppo_ray.config_io import load_config
 from sppo_ray.errors import ConfigError
+from sppo_ray.given import shown
 from sppo_ray.layout import compute_layout
 from sppo_ray.run_dir import read_manifest
 
 FILE = "scale.json"
 ScaledRole = Literal["rollout", "judge"]
-_CHANGE = re.compile(r"(?P<role>\w+)=(?P<sign>[+-]?)(?P<number>[0-9]+)")
+MOST = 4096  # workers of a role, as in the config
+_CHANGE = re.compile(r"(?P<role>\w+)=(?P<sign>[+-]?)(?P<number>[0-9]{1,9})")
 
 
 class Desired(BaseModel):
@@ -32,8 +34,8 @@ class Desired(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rollout: int = Field(ge=1)
-    judge: int = Field(ge=1)
+    rollout: int = Field(ge=1, le=MOST)
+    judge: int = Field(ge=1, le=MOST)
     at: str = ""
 
 
@@ -56,13 +58,15 @@ def apply(before: Desired, changes: Sequence[str]) -> Desired:
     for text in changes:
         change = _CHANGE.fullmatch(text)
         if change is None:
-            raise ConfigError(f"{text!r} is not of the form role=N, role=+N or role=-N, e.g. rollout=+2.")
+            raise ConfigError(f"{shown(text)} is not of the form role=N, role=+N or role=-N, e.g. rollout=+2.")
         role, sign, number = change["role"], change["sign"], int(change["number"])
         if role not in counts:
             raise ConfigError(f"{text!r}: {role} workers cannot be added or removed; these can: {', '.join(counts)}.")
         counts[role] = {"": number, "+": counts[role] + number, "-": counts[role] - number}[sign]
         if counts[role] < 1:
             raise ConfigError(f"{text!r} leaves {counts[role]} {role} workers: the last one cannot be removed.")
+        if counts[role] > MOST:
+            raise ConfigError(f"{text!r} asks for {counts[role]} {role} workers: {MOST} are the most.")
     return Desired(rollout=counts["rollout"], judge=counts["judge"], at=datetime.now(UTC).isoformat())
 
 

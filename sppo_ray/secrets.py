@@ -6,6 +6,7 @@ directory, which is made to be copied and shown.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -15,7 +16,8 @@ from typing import Any
 HIDDEN = "***"
 SHORTEST = 8  # characters; a shorter value would be found in ordinary words
 _NAME = re.compile(
-    r"(token|secret|passw(or)?d|credentials?|[_-]key|[_-]key_id|api_?key|signature|connection_string|[_-]pat|[_-]dsn)$",
+    r"(token|secrets?|passw(or)?ds?|[_-]pass|[_-]pwd|passphrase|credentials?(_json)?|[_-]keys?|[_-]key_(id|base)|api_?keys?|signature"
+    r"|connection_string|webhook_url|[_-]pat|[_-]dsn|[_-]auth|auth_config|(^|[_-])jwt)([_-]?\d+)?$",
     re.IGNORECASE,
 )
 _IN_URL = re.compile(r"(?<=://)[^/?#\s]+(?=@)")  # user, user:password, which may hold another @
@@ -52,6 +54,27 @@ def hidden(data: Any, environ: Mapping[str, str] = os.environ) -> Any:
     if isinstance(data, list | tuple):
         return [hidden(value, environ) for value in data]
     return data
+
+
+def without_secrets(data: Any) -> Any:
+    """Plain data with what stands under a secret's name hidden, whether the environment knows it or not."""
+    if isinstance(data, Mapping):
+        return {k: HIDDEN if names_a_secret(str(k)) else without_secrets(value) for k, value in data.items()}
+    return [without_secrets(value) for value in data] if isinstance(data, list | tuple) else data
+
+
+class HidingStream(io.TextIOWrapper):
+    """Text output without secrets: of prints, warnings and the tracebacks of threads, which no logger sees."""
+
+    def write(self, text: str) -> int:
+        super().write(hide(text))
+        return len(text)
+
+    @classmethod
+    def of(cls, descriptor: int) -> HidingStream:
+        """Every line, and what is flushed, is written at once."""
+        raw = open(descriptor, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for as long as the process lives
+        return cls(io.BufferedWriter(raw), errors="backslashreplace", line_buffering=True)
 
 
 def hide_in_logs() -> None:

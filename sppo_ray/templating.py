@@ -16,6 +16,7 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from sppo_ray.errors import ConfigError
+from sppo_ray.tokenizer_errors import tokenizer_errors
 
 # Stands for the text while the template's own parts are looked up. Letters and digits only: nothing to trim or escape.
 _PLACEHOLDER = "sppoPlaceholder7f3a9c"
@@ -125,8 +127,14 @@ class PromptEncoder:
         if bos is None:
             return None
         by_template = self._tokenise([self.skeleton.prefix])[0][:1]
-        by_tokenizer = list(self.tokenizer("a").input_ids)[:1]
+        with self._refusing():
+            by_tokenizer = list(self.tokenizer("a").input_ids)[:1]
         return bos if [bos] in (by_template, by_tokenizer) else None
+
+    @cached_property
+    def bare_ids(self) -> np.ndarray:
+        """Of a text that the tokenizer knows nothing of, int32: the template alone."""
+        return self._with_one_bos(self._tokenise([self.skeleton.prefix + self.skeleton.suffix])[0])
 
     @cached_property
     def turn_end_id(self) -> int:
@@ -216,7 +224,7 @@ class PromptEncoder:
 
     def _tokenise(self, rendered: list[str]) -> list[list[int]]:
         """Special tokens recognised, none added."""
-        try:
+        with self._refusing():
             ids: list[list[int]] = self.tokenizer(
                 rendered,
                 add_special_tokens=False,
@@ -224,11 +232,14 @@ class PromptEncoder:
                 verbose=False,
                 split_special_tokens=False,
             ).input_ids
-        except Exception as error:  # tokenizers raises bare Exceptions, e.g. for a vocabulary without its unknown token
-            raise ConfigError(
-                f"The tokenizer {_name(self.tokenizer)} cannot encode the prompts ({error}): repair its files."
-            ) from error
         return ids
+
+    def _refusing(self) -> AbstractContextManager[None]:
+        """E.g. of a vocabulary without its unknown token."""
+        name = _name(self.tokenizer)
+        return tokenizer_errors(
+            lambda why: ConfigError(f"The tokenizer {name} cannot encode the prompts ({why}): repair its files.")
+        )
 
     def _with_one_bos(self, ids: Sequence[int]) -> np.ndarray:
         if self.bos_id is not None:
@@ -239,9 +250,10 @@ class PromptEncoder:
     def _encode_guarded(self, rendered: str) -> list[int]:
         """Tokenise with the user's text as plain text. Raises ConfigError if the structure is still not the template's."""
         prefix, suffix = self.skeleton.prefix, self.skeleton.suffix
-        plain = self._plain_encoder
         user_text = rendered[len(prefix) : len(rendered) - len(suffix)]
-        ids = plain.encode(plain.hide(prefix) + user_text + plain.hide(suffix))
+        with self._refusing():
+            plain = self._plain_encoder
+            ids = plain.encode(plain.hide(prefix) + user_text + plain.hide(suffix))
         if rendered != prefix + user_text + suffix or self._is_forged(ids):
             raise ConfigError(
                 "A prompt contains the string of a special token, and with the chat template of "

@@ -20,7 +20,7 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
     def run() -> None:
         try:
             done.set_result(work())
-        except Exception as error:  # noqa: BLE001 - raised again where it is awaited
+        except BaseException as error:  # noqa: BLE001 - raised again where it is awaited
             done.set_exception(error)
 
     threading.Thread(target=run, name=in_daemon_thread.__name__, daemon=True).start()

@@ -41,6 +41,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from actors.access import stay_on_loopback
 from actors.cluster import set_ray_defaults
 from actors.policy_folder import SMALL_FILES, read_policy
 from actors.process import environment, give_memory_back
@@ -186,6 +187,7 @@ def measure(scratch: Path, policy: Path, channel: str, options: argparse.Namespa
     """One line of the table. Starts and ends a Ray of its own, so that the object store is fresh."""
     config = config_of(scratch, policy, channel, options)
     env = {"PYTHONPATH": str(ROOT), **environment(gpus=False, threads=1)}
+    stay_on_loopback()
     set_ray_defaults()
     ray.init(
         address="local", num_cpus=2, namespace="bench", include_dashboard=False, log_to_driver=False,

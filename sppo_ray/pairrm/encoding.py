@@ -24,6 +24,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from sppo_ray.errors import ConfigError
 from sppo_ray.pairrm.checkpoint import (
     MIN_TOKENS,
     PREFIX_TOKENS,
@@ -33,6 +34,7 @@ from sppo_ray.pairrm.checkpoint import (
     refusal,
     refuse,
 )
+from sppo_ray.tokenizer_errors import tokenizer_errors
 
 _UNREACHABLE = "\ufdd0"  # a Unicode noncharacter, "intended for process-internal use"; never left in a text
 _PROBES = (
@@ -134,17 +136,19 @@ def load_encoder(
 
     base = base_folder(info)
     check_tokenizer_files(base)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exceptions, and transformers what a garbled field leads to
-        found = f"its tokenizer does not load ({' '.join(str(error).split()) or type(error).__name__})"
-        raise refusal(info.folder, found, "Copy the tokenizer's files again from their origin") from error
-    if not tokenizer.is_fast:
-        refuse(info.folder, "its tokenizer has no fast (Rust) backend", "Save it once with tokenizer.json")
-    if info.kind == "blender":
-        tokenizer.add_tokens(list(PREFIX_TOKENS))
+
+    def refused(why: str) -> ConfigError:
+        found = f"its tokenizer does not load ({why})"
+        return refusal(info.folder, found, "Copy the tokenizer's files again from their origin")
+
     source, candidate = source_max_tokens or info.source_max_tokens, candidate_max_tokens or info.candidate_max_tokens
-    return PairEncoder(tokenizer, info.folder, source, candidate)
+    with tokenizer_errors(refused):
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        if not tokenizer.is_fast:
+            refuse(info.folder, "its tokenizer has no fast (Rust) backend", "Save it once with tokenizer.json")
+        if info.kind == "blender":
+            tokenizer.add_tokens(list(PREFIX_TOKENS))
+        return PairEncoder(tokenizer, info.folder, source, candidate)
 
 
 def _markers(tokenizer: Any, folder: Path) -> Markers:

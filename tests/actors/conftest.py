@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from serving_factory import Serving, start_worker
 from transformers import AutoTokenizer
 
+from actors.access import stay_on_loopback
 from actors.process import environment
 from actors.weights import NAME, WeightsHub
 from sppo_ray.config import Config
@@ -34,7 +35,8 @@ ASSETS = ROOT / "sppo_ray" / "assets"
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """A small Ray of our own, with a token, ended by us."""
+    """A small Ray of our own, with a token, on loopback, ended by us."""
+    stay_on_loopback()
     ray.init(
         address="local",
         num_cpus=2,

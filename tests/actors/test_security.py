@@ -103,8 +103,28 @@ def test_a_writer_that_was_killed_leaves_no_token_of_half(tmp_path: Path, monkey
     access.ensure_token()
     token = path.read_text()
     assert (len(token), path.stat().st_mode & 0o777) == (64, 0o600)
+    path.chmod(0o644)  # as Ray itself makes one
     access.ensure_token()
-    assert path.read_text() == token
+    assert (path.read_text(), path.stat().st_mode & 0o777) == (token, 0o600)
+
+
+def test_a_token_that_cannot_be_kept_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/proc/nothing/token")
+    with pytest.raises(ConfigError, match=r"cannot be kept at /proc/nothing/token .*set RAY_AUTH_TOKEN_PATH"):
+        access.ensure_token()
+
+
+def test_whatever_starts_a_ray_here_keeps_it_on_loopback() -> None:
+    starting = [
+        path
+        for folder in ("actors", "scripts")
+        for path in (ROOT / folder).rglob("*.py")
+        if "ray.init(" in path.read_text()
+    ]
+    assert {path.name for path in starting} == {"cluster.py", "publish.py"}
+    assert all("stay_on_loopback()" in path.read_text() for path in starting)
 
 
 def test_nothing_of_a_local_ray_listens_beyond_loopback(local: Local) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,28 @@ def fewer_rows(key: str, rows: int) -> Callable[[Path], None]:
     return spoil
 
 
+def scalar_embedding(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"model.embed_tokens.weight": np.array(1, np.float32)}, folder / "model.safetensors")
+
+
+def fewer_layers(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in state.items() if not k.startswith("model.layers.0.")}, folder / "model.safetensors")
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return spoil
+
+
+def shard_without_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+
+
 def small_vocabulary(folder: Path) -> None:
     edit("config.json", vocab_size=50)(folder)
     fewer_rows("model.embed_tokens.weight", 50)(folder)
@@ -155,6 +178,15 @@ def folder_as_config(folder: Path) -> None:
 
 
 TOKENIZER = "tokenizer_config.json"
+# What the tokenizers library panics of, which is no Exception in Python: when it reads its file, or at work.
+PANICS: dict[str, tuple[dict[str, Any], str]] = {
+    "merges": ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a a"]}}, "its tokenizer does not load"),
+    "charsmap": ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "its tokenizer does not load"),
+    "replace": (
+        {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}}, "cannot encode the prompts (index out of",
+    ),
+    "length": ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "cannot encode the prompts (chunk size must be non-zero)"),
+}  # fmt: skip
 Case = tuple[Callable[[Path], None], tuple[str, ...]]
 POLICY: dict[str, Case] = {
     "no_config": (remove("config.json"), ("it has no config.json",)),
@@ -182,6 +214,7 @@ POLICY: dict[str, Case] = {
         edit("tokenizer.json", model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}),
         ("cannot encode the prompts (WordLevel error: Missing [UNK] token", "repair its files"),
     ),
+    **{f"tokenizer_panics_{name}": (edit("tokenizer.json", **field), (found,)) for name, (field, found) in PANICS.items()},
     "tokenizer_of_another_model": (tokenizer_of_the_judge, ("tokenizer and weights are of different models",)),
     "vocabulary_too_small": (small_vocabulary, ("vocabulary ends at 49: tokenizer and weights are of different models",)),
     "embedding_of_another_model": (
@@ -207,6 +240,22 @@ POLICY: dict[str, Case] = {
     ),
     "pickle_only": (rename_to_pickle, ("its weights are pickles (pytorch_model.bin), which can run code",)),
     "index_leads_outside": (index_leads_outside, ("1 of 1 shards are missing (../../elsewhere/model.safetensors)",)),
+    "index_of_nothing": (write("model.safetensors.index.json", '{"weight_map": {}}'), ("names no safetensors, or other files",)),
+    "index_of_other_files": (
+        write("model.safetensors.index.json", '{"weight_map": {"w": "config.json"}}'),
+        ("names no safetensors, or other files",),
+    ),
+    "shard_without_index": (shard_without_index, ("it has model-00001-of-00002.safetensors, but neither",)),
+    "embedding_is_a_number": (scalar_embedding, ("its embedding is no matrix but has the shape []",)),
+    "embedding_too_narrow": (edit("config.json", hidden_size=4096), ("columns but config.json says hidden_size=4096",)),
+    "more_layers_than_weights": (edit("config.json", num_hidden_layers=999), ("says num_hidden_layers=999 but layer",)),
+    "a_layer_is_missing": (fewer_layers, ("but layer 0 is not in its weights",)),
+    "config_is_a_pipe": (pipe("config.json"), ("its config.json cannot be read (it is no file)",)),
+    "weights_are_a_pipe": (pipe("model.safetensors"), ("model.safetensors is not a whole safetensors file (it is no file)",)),
+    "terminal_commands_in_a_name": (
+        edit("config.json", architectures=["\x1b[2J\x1b]0;pwn\x07Bert"]),
+        ("not a causal language model (architectures: \\x1b[2J\\x1b]0;pwn\\x07Bert)",),
+    ),
     "index_of_numbers": (
         write("model.safetensors.index.json", '{"weight_map": {"w": 3}}'),
         ("does not say which file holds what",),
@@ -230,6 +279,14 @@ JUDGE: dict[str, Case] = {
         ("its tokenizer does not load", "Copy the tokenizer's files again"),
     ),
     "tokenizer_without_separator": (edit("tokenizer.json", post_processor=None), ("not [CLS] prefix text [SEP]",)),
+    **{
+        f"tokenizer_panics_{name}": (edit("tokenizer.json", **field), ("its tokenizer does not load", "again from their origin"))
+        for name, (field, _) in PANICS.items()
+    },
+    "tokenizer_of_words_alone": (
+        edit("tokenizer.json", model={"type": "WordLevel", "vocab": {}, "unk_token": "?"}),
+        ("its tokenizer",),
+    ),
     "no_head": (headless, ("its weights lack head_layer.1.weight", "no comparison head")),
     "weights_cut": (truncate, ("model.safetensors is not a safetensors file",)),
     "weights_of_the_policy": (weights_of_the_policy, ("its weights lack head_layer.1.weight",)),

@@ -120,6 +120,17 @@ def test_a_prompt_the_tokenizer_knows_nothing_of_is_skipped(tmp_path: Path) -> N
     assert (found.report.prompts, found.report.empty) == (4, 1)
 
 
+def test_a_prompt_of_which_only_the_template_is_left_is_skipped(tmp_path: Path) -> None:
+    """A byte-less vocabulary without an unknown token: of another script nothing remains, and the policy would be asked nothing."""
+    letters = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=letters, eos_token="<eos>", additional_special_tokens=["<user>", "<bot>"]
+    )
+    tokenizer.chat_template = "<user>{{ messages[0]['content'] }}<bot>"
+    found = prepared(tmp_path, tokenizer, "ab", "ba", "\u65e5\u672c\u8a9e", "aa")
+    assert (found.report.prompts, found.report.empty) == (3, 1)
+
+
 def test_a_prompt_longer_than_the_judge_reads_is_counted() -> None:
     checked = preflight(config_of(data__limit=8, judge__source_max_tokens=12, evaluation__prompts=None))
     encoder = load_pairrm(ASSETS / "judge", source_max_tokens=12).encoder

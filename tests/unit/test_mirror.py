@@ -296,6 +296,12 @@ def test_the_mirror_of_a_finished_run_is_completed(tmp_path):
     ("url", "message"),
     [
         ("backups/run", "not a URL"),
+        ("file://", "not a URL"),
+        ("://x", "not a URL"),
+        ("zip:///nowhere.zip", "cannot be used"),
+        ("file://{root}/../run/mirror", "lies in run.dir"),
+        ("file://{link}", "lies in run.dir"),
+        ("file://{full}", "holds other things \\(thesis.tex\\)"),
         ("nosuch://bucket/run", "nosuch"),
         ("simplecache::s3://bucket/run", "one folder"),
         ("file://{root}", "lies in run.dir"),
@@ -306,7 +312,11 @@ def test_the_mirror_of_a_finished_run_is_completed(tmp_path):
 def test_a_mirror_that_cannot_be_is_refused(tmp_path, url, message):
     claim(config(tmp_path / "other"), {})
     (tmp_path / "other/manifest.json").write_text('{"started": "long ago"}')
-    url = url.format(root=tmp_path / "run", other=tmp_path / "other")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.tex").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    url = url.format(root=tmp_path / "run", **{name: tmp_path / name for name in ("other", "link", "full")})
     with pytest.raises(ConfigError, match=message):
         check_mirror(config(tmp_path / "run", run__mirror=url))
 
@@ -315,3 +325,5 @@ def test_no_mirror_and_a_new_one_are_fine(tmp_path):
     check_mirror(config(tmp_path / "run"))
     check_mirror(config(tmp_path / "run", run__mirror=f"file://{tmp_path}/backup"))
     check_mirror(config(tmp_path / "run", run__mirror="memory://bucket"))
+    (tmp_path / "backup/iter_1").mkdir(parents=True)  # by a driver that was killed in its first pass
+    check_mirror(config(tmp_path / "run", run__mirror=f"file://{tmp_path}/backup"))

@@ -161,12 +161,12 @@ def test_a_hub_model_needs_no_weights_here(tmp_path: Path, monkeypatch: pytest.M
 
     build_policy(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    remote = [SimpleNamespace(filename=name) for name in ("model-1.safetensors", "original/consolidated.pth")]
+    remote = [SimpleNamespace(filename=name) for name in ("model.safetensors", "original/consolidated.pth")]
     fake_hub(monkeypatch, lambda name, dry_run=False, **_: remote if dry_run else str(tmp_path))
     policy = inspect_policy("org/model")
     assert policy.model == "org/model"
     assert policy.path == tmp_path
-    assert policy.weight_files == ("model-1.safetensors",)
+    assert policy.weight_files == ("model.safetensors",)
 
 
 def test_a_cached_hub_model_without_weights_is_refused_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

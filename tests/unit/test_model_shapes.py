@@ -98,12 +98,28 @@ def test_unusable_folder_is_refused(tmp_path: Path, config: object, named: str) 
     assert str(tmp_path) in str(error.value)
 
 
+def test_a_ranker_whose_backbone_is_a_ranker_is_refused(tmp_path: Path) -> None:
+    config = {"ranker_type": "pairranker", "model_type": "deberta", "model_name": str(tmp_path)}
+    with pytest.raises(ConfigError, match="it is a ranker itself"):
+        model_shape(_write(tmp_path, config))
+
+
+@pytest.mark.parametrize("field", ["num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size"])
+@pytest.mark.parametrize("size", ["0", "-1", "Infinity", "1e400", "1" + 400 * "0"])
+def test_sizes_beyond_reason_are_refused(tmp_path: Path, field: str, size: str) -> None:
+    text = json.dumps(json.loads((ASSETS / "policy/config.json").read_text()) | {field: 12321}).replace("12321", size)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="lacks or garbles a field"):
+        model_shape(str(tmp_path))
+
+
 def test_folder_without_config_and_with_broken_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json"):
         model_shape(str(tmp_path))
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="not JSON"):
-        model_shape(str(tmp_path))
+    for broken in ("{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(ConfigError, match="not JSON"):
+            model_shape(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["someone/unheard-of-7b", "not a name at all", "a/b/c"])

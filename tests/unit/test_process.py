@@ -53,6 +53,13 @@ try:
     raise OSError("planted-in-the-token")
 except OSError:
     theirs.exception("and raises")
+
+import threading, warnings
+print("printed planted-in-the-token")
+warnings.warn("of planted-in-the-token")
+thread = threading.Thread(target=lambda: open("/nowhere/planted-in-the-token"))
+thread.start()
+thread.join()
 """
 
 
@@ -64,6 +71,9 @@ def test_what_an_actor_logs_holds_no_secret(tmp_path: Path):
     assert "OSError: https://***@store.example/?sig=***" in log
     assert "a library says ***" in log
     assert "OSError: ***" in log
+    assert "printed ***\n" in log
+    assert "UserWarning: of ***" in log
+    assert "No such file or directory: '/nowhere/***'" in log
     assert "planted" not in log
 
 

@@ -190,6 +190,16 @@ def test_a_hub_data_set_is_read_by_split(monkeypatch: pytest.MonkeyPatch) -> Non
         load("org/set")
 
 
+@pytest.mark.parametrize("name", ["text", "csv", "json", "parquet", "imagefolder"])
+def test_the_name_of_a_file_format_does_not_stand_for_all_files_here(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "private.txt").write_text("not a prompt")
+    with pytest.raises(ConfigError, match=f"{name!r} is a format of files, not a data set"):
+        load_texts(name, "text", "prompt_id")
+
+
 @pytest.mark.parametrize("error", [ConnectionError("offline"), ValueError("Unknown split"), FileNotFoundError("none")])
 def test_a_hub_data_set_that_does_not_load_is_refused(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     datasets = pytest.importorskip("datasets")

@@ -58,7 +58,17 @@ def test_another_config_is_refused_by_key(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("config.yaml", "run: [unclosed"), ("config.yaml", "just text"), ("manifest.json", "{"), ("manifest.json", "[]")],
+    [
+        ("config.yaml", "run: [unclosed"),
+        ("config.yaml", "just text"),
+        ("config.yaml", "x: &a {b: *a}"),
+        ("config.yaml", "x: !!bool maybe"),
+        ("manifest.json", "{"),
+        ("manifest.json", "[]"),
+        ("manifest.json", "[" * 100_000),
+        ("manifest.json", '{"sources": null}'),
+        ("manifest.json", '{"sources": [1]}'),
+    ],
 )
 def test_a_damaged_record_is_refused_by_name(tmp_path, name, content):
     claim(config(tmp_path), {})

@@ -46,6 +46,19 @@ def counts(root: Path) -> tuple[int, int]:
     return asked["rollout"], asked["judge"]
 
 
+@pytest.mark.parametrize(
+    "change", ["rollout=104092", "judge=+4096", "rollout=99999999999999999999", f"rollout={'9' * 5000}"]
+)
+def test_a_typo_is_no_request(run: Path, change: str) -> None:
+    assert len(refused(run, change)) < 500
+
+
+def test_a_file_that_asks_for_too_many_is_refused_by_who_reads_it(run: Path) -> None:
+    (run / FILE).write_text('{"rollout": 5000, "judge": 1}')
+    with pytest.raises(ConfigError, match="rollout: Input should be less than or equal to 4096"):
+        desired(run, config(run))
+
+
 def test_relative_changes_count_from_what_is_desired_now(run: Path) -> None:
     output = " ".join(scale(run, "rollout=+2").split())
     assert counts(run) == (4, 1)  # from the config's

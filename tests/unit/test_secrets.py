@@ -21,15 +21,19 @@ SECRET = "hf_planted0123456789"
 @pytest.mark.parametrize(
     "name",
     ["HF_TOKEN", "RAY_AUTH_TOKEN", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
-     "PGPASSWORD", "MY_SECRET", "wandb.api_key", "OPENAI_APIKEY", "AZURE_STORAGE_CONNECTION_STRING", "GITHUB_PAT", "SENTRY_DSN"],
+     "PGPASSWORD", "MY_SECRET", "wandb.api_key", "OPENAI_APIKEY", "AZURE_STORAGE_CONNECTION_STRING", "GITHUB_PAT", "SENTRY_DSN",
+     "DB_PASS", "MYSQL_PWD", "SSH_PASSPHRASE", "HF_TOKEN_2", "OPENAI_API_KEY_1", "API_KEYS", "SECRET_KEY_BASE", "REDIS_AUTH", "JWT",
+     "GOOGLE_APPLICATION_CREDENTIALS_JSON", "DOCKER_AUTH_CONFIG", "SLACK_WEBHOOK_URL"],
 )  # fmt: skip
 def test_these_hold_a_secret(name: str) -> None:
     assert names_a_secret(name)
 
 
 @pytest.mark.parametrize(
-    "name", ["RAY_AUTH_TOKEN_PATH", "TOKENIZERS_PARALLELISM", "RAY_AUTH_MODE", "AWS_REGION", "HOME", "MONKEY"]
-)
+    "name",
+    ["RAY_AUTH_TOKEN_PATH", "TOKENIZERS_PARALLELISM", "RAY_AUTH_MODE", "AWS_REGION", "HOME", "MONKEY",
+     "PWD", "OLDPWD", "max_new_tokens", "COMPASS", "SSH_AUTH_SOCK"],
+)  # fmt: skip
 def test_these_do_not(name: str) -> None:
     assert not names_a_secret(name)
 
@@ -118,10 +122,24 @@ def test_what_a_run_records_has_no_secret(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     "override",
-    ["policy.hf_token=hf_typed0123456789", "cluster.gpus=https://u:pa55word@h", f"cluster.gpus={SECRET}"],
+    [
+        "policy.hf_token=hf_typed0123456789",
+        "cluster.gpus=https://u:pa55word@h",
+        f"cluster.gpus={SECRET}",
+        "wandb.api_key=hf_typed0123456789",
+        "policy.model={token: hf_typed0123456789}",
+        "policy.hf_token=[hf_typed0123456789",
+    ],
 )
 def test_refusals_do_not_show_what_they_refuse(override: str) -> None:
     done = CliRunner().invoke(app, ["plan", "--config", "configs/tiny_cpu.yaml", override], env={"HF_TOKEN": SECRET})
     assert done.exit_code == 2
     assert "***" in done.output
     assert not any(secret in done.output for secret in (SECRET, "pa55word", "hf_typed0123456789"))
+
+
+def test_an_override_that_is_none_does_not_show_what_follows_a_secrets_name() -> None:
+    done = CliRunner().invoke(app, ["plan", "--config", "configs/tiny_cpu.yaml", "hf_token:hf_typed0123456789"])
+    assert done.exit_code == 2
+    assert "override 'hf_token...' is not of the form" in done.output
+    assert "typed" not in done.output
