@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Thread
 
 from actors.build import Running
 from sppo_ray.errors import SppoError
@@ -14,6 +14,7 @@ from sppo_ray.progress import RunProgress
 from sppo_ray.run_dir import read_manifest, update_manifest
 from sppo_ray.types import Look
 
+HANGS_S = 60.0  # for the file server to take the counts
 EVERY_S = 2.0  # what a killed driver loses of the counts
 
 
@@ -32,17 +33,22 @@ class Tally:
         self._sampled, self._repeated = max(held, before.get("groups_sampled", 0)), before.get("updates_repeated", 0)
         self._kept_at = time.monotonic()
         self._keeping: Thread | None = None
-        self._lock = Lock()
 
     def keep_now_and_then(self, now: Running, progress: RunProgress) -> None:
         """In a thread, which nobody waits for: it may hang with its file server."""
         if time.monotonic() - self._kept_at > EVERY_S and not (self._keeping and self._keeping.is_alive()):
             self._kept_at = time.monotonic()
-            self._keeping = Thread(target=self.keep, args=(now, progress), name="tally", daemon=True)
+            self._keeping = Thread(target=self._keep, args=(now, progress), name="tally", daemon=True)
             self._keeping.start()
 
     def keep(self, now: Running, progress: RunProgress) -> None:
-        """Write the counts as they are. A disk that refuses them, or does not show the manifest, is no reason to stop."""
+        """Write the counts as they are, the last thing before others write to the manifest. A disk that refuses them, or does
+        not show the manifest, is no reason to stop."""
+        if self._keeping:
+            self._keeping.join(HANGS_S)
+        self._keep(now, progress)
+
+    def _keep(self, now: Running, progress: RunProgress) -> None:
         here = {
             "rollout": now.rollout.restarts,
             "judge": now.judge.restarts,
@@ -50,7 +56,7 @@ class Tally:
             "run": 0,
         }
         restarts = {role: self._before[role] + count for role, count in here.items()}
-        with suppress(OSError, SppoError), self._lock:
+        with suppress(OSError, SppoError):
             update_manifest(
                 self._root,
                 restarts=restarts,
