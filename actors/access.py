@@ -9,6 +9,7 @@ import ipaddress
 import os
 import secrets
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +39,8 @@ def ensure_token() -> None:
     try:
         if path.exists() and path.stat().st_size:  # an empty one is of a writer that was killed
             if path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077:  # as Ray itself leaves it
-                path.chmod(0o600)
+                with suppress(OSError):  # on a read-only mount, e.g. of a cluster's secrets
+                    path.chmod(0o600)
             return
         with (
             whole_file(path) as temporary,

@@ -172,7 +172,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"override {told} is not of the form key.path=value, e.g. rollout.num_workers=2.")
     if key.count(".") > 1:
         raise ConfigError(f"override {told}: keys have two parts, section and name, e.g. rollout.num_workers=2.")
-    return key, _parse(_number(value), f"override {told}: the value")
+    return key, HIDDEN if value is HIDDEN else _parse(_number(value), f"override {told}: the value")
 
 
 def _refuse_unusable(data: Mapping[Any, Any], prefix: str = "") -> None:

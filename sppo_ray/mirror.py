@@ -100,7 +100,7 @@ class Mirror:
 
     async def _hangs(self, work: asyncio.Task[None]) -> bool:
         """Waits until `work` is done, or the store has neither taken anything nor failed for too long."""
-        self._took()
+        self._moved = time.monotonic()
         while not work.done():
             left = self._moved + self._limit_s - time.monotonic()
             if left <= 0:
@@ -108,8 +108,8 @@ class Mirror:
             await asyncio.wait([work], timeout=left)
         return False
 
-    def _took(self, *_: int | None, limit_s: float | None = None, **__: object) -> None:
-        self._limit_s = limit_s or SILENCE_S
+    def _moves(self, *_: int | None, **__: object) -> None:
+        """The store took something, or failed."""
         self._moved = time.monotonic()
 
     def _is_down(self, how: str) -> None:
@@ -120,7 +120,7 @@ class Mirror:
     async def _persistently(self, stop: stop_base) -> None:
         def outage(state: RetryCallState) -> None:
             assert state.outcome is not None
-            self._took()
+            self._moves()
             log.warning("mirror %s: %r", self._url, state.outcome.exception())
             self._is_down(f"fails ({state.outcome.exception()}); the run goes on, and the copying is tried again")
 
@@ -180,10 +180,11 @@ class Mirror:
                 yield name, path, mark
 
     def _upload(self, path: Path, target: str) -> None:
-        callback = Callback(hooks={"took": self._took})
+        callback = Callback(hooks={"moves": self._moves})
         try:
             # Some stores, local folders among them, say nothing while they take a file.
-            self._took(limit_s=SILENCE_S + path.stat().st_size / SLOWEST)
+            self._limit_s = SILENCE_S + path.stat().st_size / SLOWEST
+            self._moves()
             protocol = {self._store.protocol} if isinstance(self._store.protocol, str) else {*self._store.protocol}
             if protocol & WHOLE_AT_ONCE:
                 self._store.put_file(str(path), target, callback=callback)
@@ -191,10 +192,12 @@ class Mirror:
                 self._store.makedirs(target.rpartition("/")[0], exist_ok=True)
                 self._store.put_file(str(path), f"{target}.part", callback=callback)
                 self._store.mv(f"{target}.part", target)
-            self._took()
         except FileNotFoundError:
             if path.exists():
                 raise  # it is the store that misses something; a file that was removed meanwhile is not
+        finally:
+            self._limit_s = SILENCE_S
+            self._moves()
 
     def _forget_old_checkpoints(self) -> None:
         assert self._mirrored is not None
@@ -227,8 +230,9 @@ def _refuse_folder(said: str, folder: Path, root: Path) -> None:
     if folder == root or root in folder.parents:
         raise ConfigError(f"{said} lies in run.dir={root}; name a place outside of it.")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    foreign = sorted(name for name in names if not OWN.fullmatch(name))
-    if foreign and "manifest.json" not in names:
+    # Hidden ones and the next are what file systems put there.
+    foreign = sorted(name for name in names - {"lost+found"} if not (name.startswith(".") or OWN.fullmatch(name)))
+    if "manifest.json" not in names and any(not (root / name).exists() for name in foreign):
         raise ConfigError(
             f"{said} holds other things ({foreign[0]}), which might be overwritten; name a folder of its own."
         )
@@ -249,7 +253,10 @@ def check_mirror(config: Config) -> None:
     except Exception as error:  # unknown, its package is not installed, it is not reached at once, ...
         raise ConfigError(f"{said} cannot be used: {error}. Known: s3, gs, abfs, file and others of fsspec.") from error
     if isinstance(store, LocalFileSystem):
-        _refuse_folder(said, Path(place).resolve(), root.resolve())
+        try:
+            _refuse_folder(said, Path(place).resolve(), root.resolve())
+        except (OSError, RuntimeError) as error:  # the second: a circle of links
+            raise ConfigError(f"{said} does not answer: {error}. Check the address and the rights.") from error
     try:
         there = json.loads(store.cat_file(f"{place}/manifest.json"))["started"]
     except FileNotFoundError:

@@ -22,13 +22,14 @@ from sppo_ray.secrets import hide
 from sppo_ray.types import Receipt, SliceSummary, TrainedIteration
 
 LINE_EVERY_S = 10.0
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # of Ray's tracebacks
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
     """A line for the user, as it is: errors hold brackets that are no markup, may hold secrets, and quote what others wrote, which
     may hold commands to the terminal."""
-    text = _CONTROL.sub(lambda found: repr(found[0])[1:-1], hide(text))
+    text = _CONTROL.sub(lambda found: repr(found[0])[1:-1], _COLOUR.sub("", hide(text)))
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ import io
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 HIDDEN = "***"
@@ -33,7 +33,10 @@ def names_a_secret(name: str) -> bool:
 
 def secrets_of(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that hold a secret. One that names a file, e.g. of credentials, holds none."""
-    found = {name: value for name, value in environ.items() if names_a_secret(name) and len(value) >= SHORTEST}
+    named = {
+        name: environ.get(name, "") for name in list(environ) if names_a_secret(name)
+    }  # others may change it meanwhile
+    found = {name: value for name, value in named.items() if len(value) >= SHORTEST}
     # Path.exists would raise for a value too long for a path.
     return {name: value for name, value in found.items() if not os.path.exists(value)}
 
@@ -80,15 +83,26 @@ class HidingStream(io.TextIOWrapper):
 def hide_in_logs() -> None:
     """From now on no log line of this process holds a secret, whichever library logs it and whichever handler writes it: vLLM and
     DeepSpeed have handlers of their own."""
-    logging.setLogRecordFactory(_HidingRecord)
+    before = logging.getLogRecordFactory()
+    if not isinstance(before, _HidingFactory):
+        logging.setLogRecordFactory(_HidingFactory(before))
+
+
+class _HidingFactory:
+    """Around the factory that was there: vLLM's adds fields that its format asks for."""
+
+    def __init__(self, before: Callable[..., logging.LogRecord]) -> None:
+        self._before = before
+
+    def __call__(self, *facts: Any, **more: Any) -> logging.LogRecord:
+        record = self._before(*facts, **more)
+        record.__class__ = _HidingRecord
+        if record.exc_info and record.exc_info[0]:
+            record.exc_text = hide(logging.Formatter().formatException(record.exc_info))  # formatters take it as it is
+        return record
 
 
 class _HidingRecord(logging.LogRecord):
-    def __init__(self, *facts: Any, **more: Any) -> None:
-        super().__init__(*facts, **more)
-        if self.exc_info and self.exc_info[0]:
-            self.exc_text = hide(logging.Formatter().formatException(self.exc_info))  # formatters take it as it is
-
     def getMessage(self) -> str:
         return hide(super().getMessage())
 

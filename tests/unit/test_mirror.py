@@ -268,6 +268,27 @@ async def test_a_store_that_hangs_for_a_while_is_said_at_once(tmp_path, monkeypa
     assert "manifest.json" in names_in("unsteady://m")
 
 
+def test_the_end_of_a_run_waits_for_a_large_file_that_is_under_way(tmp_path, monkeypatch):
+    """What was begun beside the run has its time, and the last pass waits for it."""
+    monkeypatch.setattr(mirror, "SILENCE_S", 0.05)
+    monkeypatch.setattr(mirror, "SLOWEST", 1)
+    run(tmp_path / "run", "unsteady://m")
+    copier, said, warned = made(tmp_path / "run", "unsteady://m")
+    Unsteady.gate.clear()
+
+    async def follow_and_finish() -> None:
+        following = asyncio.create_task(copier.follow())
+        while not Unsteady.uploads:
+            await asyncio.sleep(0.01)
+        following.cancel()
+        threading.Timer(0.5, Unsteady.gate.set).start()
+        await copier.finish()
+
+    asyncio.run(follow_and_finish())
+    assert (said, warned) == ([], [])
+    assert "manifest.json" in names_in("unsteady://m")
+
+
 async def test_a_store_that_says_nothing_has_the_time_that_a_file_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(mirror, "SILENCE_S", 0.05)
     monkeypatch.setattr(mirror, "SLOWEST", 1)  # byte a second: any file may take a minute
@@ -301,6 +322,7 @@ def test_the_mirror_of_a_finished_run_is_completed(tmp_path):
         ("zip:///nowhere.zip", "cannot be used"),
         ("file://{root}/../run/mirror", "lies in run.dir"),
         ("file://{link}", "lies in run.dir"),
+        ("file://{circle}", "does not answer"),
         ("file://{full}", "holds other things \\(thesis.tex\\)"),
         ("nosuch://bucket/run", "nosuch"),
         ("simplecache::s3://bucket/run", "one folder"),
@@ -316,7 +338,8 @@ def test_a_mirror_that_cannot_be_is_refused(tmp_path, url, message):
     (tmp_path / "full/thesis.tex").touch()
     (tmp_path / "run").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "run")
-    url = url.format(root=tmp_path / "run", **{name: tmp_path / name for name in ("other", "link", "full")})
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    url = url.format(root=tmp_path / "run", **{name: tmp_path / name for name in ("other", "link", "full", "circle")})
     with pytest.raises(ConfigError, match=message):
         check_mirror(config(tmp_path / "run", run__mirror=url))
 
@@ -326,4 +349,6 @@ def test_no_mirror_and_a_new_one_are_fine(tmp_path):
     check_mirror(config(tmp_path / "run", run__mirror=f"file://{tmp_path}/backup"))
     check_mirror(config(tmp_path / "run", run__mirror="memory://bucket"))
     (tmp_path / "backup/iter_1").mkdir(parents=True)  # by a driver that was killed in its first pass
+    (tmp_path / "backup/lost+found").mkdir()  # the root of a volume
+    (tmp_path / "backup/.snapshot").mkdir()
     check_mirror(config(tmp_path / "run", run__mirror=f"file://{tmp_path}/backup"))

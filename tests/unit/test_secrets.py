@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -12,7 +14,7 @@ from sppo_ray.cli import app
 from sppo_ray.config_io import build_config, dump_config
 from sppo_ray.errors import ConfigError
 from sppo_ray.run_dir import claim, update_manifest
-from sppo_ray.secrets import hidden, hide, names_a_secret, secrets_of
+from sppo_ray.secrets import hidden, hide, hide_in_logs, names_a_secret, secrets_of
 
 PLAIN = {"data": {"prompts": "prompts.jsonl"}, "policy": {"model": "org/policy"}}
 SECRET = "hf_planted0123456789"
@@ -136,6 +138,33 @@ def test_refusals_do_not_show_what_they_refuse(override: str) -> None:
     assert done.exit_code == 2
     assert "***" in done.output
     assert not any(secret in done.output for secret in (SECRET, "pa55word", "hf_typed0123456789"))
+
+
+def test_a_key_with_a_secrets_name_is_refused_as_any_unknown_key() -> None:
+    done = CliRunner().invoke(app, ["plan", "--config", "configs/tiny_cpu.yaml", "policy.api_key=hf_typed0123456789"])
+    assert (done.exit_code, "policy.api_key=***: unknown key" in done.output) == (2, True)
+
+
+def test_log_records_keep_what_an_earlier_factory_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM's does, whose format asks for it; and its engine's process is under way when ours comes."""
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    before = logging.getLogRecordFactory()
+
+    def theirs(*facts: Any, **more: Any) -> logging.LogRecord:
+        record = logging.LogRecord(*facts, **more)
+        record.process_of_theirs = "engine"
+        return record
+
+    logging.setLogRecordFactory(theirs)
+    try:
+        hide_in_logs()
+        ours = logging.getLogRecordFactory()
+        hide_in_logs()
+        assert logging.getLogRecordFactory() is ours
+        record = logging.getLogger("x").makeRecord("x", logging.INFO, "f", 1, "with %s", (SECRET,), None)
+    finally:
+        logging.setLogRecordFactory(before)
+    assert logging.Formatter("%(process_of_theirs)s: %(message)s").format(record) == "engine: with ***"
 
 
 def test_an_override_that_is_none_does_not_show_what_follows_a_secrets_name() -> None:
