@@ -17,6 +17,7 @@ from serving_factory import Serving, dead, start_worker
 from actors import fleet as fleet_module
 from actors.fleet import Fleet
 from actors.pool import JudgePool, RolloutPool
+from actors.stacks import Place, here
 from actors.weights import WeightsHub
 from sppo_ray.atomic import write_json
 from sppo_ray.config import Config
@@ -43,10 +44,10 @@ def stub(name: str, broken: bool = False, hold: bool = False) -> Any:
             if not hold:
                 self.free.set()
 
-        async def ping(self) -> str:
+        async def ping(self) -> Place:
             self.calls.append("ping")
             await self.free.wait()
-            return name
+            return here()
 
         async def release(self) -> None:
             self.free.set()

@@ -174,16 +174,16 @@ async def test_a_worker_keeps_or_aborts_groups_as_configured(
 async def test_what_stops_a_worker_at_its_start_is_what_the_run_reports(serving: Serving) -> None:
     policy = serving.config.policy.model
     orphan = ray.remote(RolloutWorker).options(num_cpus=0.1).remote("orphan", serving.config, policy, 0, "no such hub")
-    homeless_config = serving.config.model_copy(
-        update={"run": serving.config.run.model_copy(update={"dir": "/proc/none"})}
+    without_model = serving.config.model_copy(
+        update={"judge": serving.config.judge.model_copy(update={"model": "/proc/none"})}
     )
-    homeless = ray.remote(JudgeWorker).options(num_cpus=0.1).remote("homeless", homeless_config)
+    empty = ray.remote(JudgeWorker).options(num_cpus=0.1).remote("empty", without_model)
     with pytest.raises(
         WorkerFailed, match=r"^orphan: could not start: ValueError: Failed to look up actor with name 'no such hub'"
     ):
         await RolloutPool(serving.config, {"orphan": orphan}, serving.hub).ready()
-    with pytest.raises(WorkerFailed, match=r"^homeless: could not start: FileNotFoundError: .*/proc/none"):
-        await JudgePool(serving.config, {"homeless": homeless}).ready()
+    with pytest.raises(WorkerFailed, match=r"^empty: could not start: .*/proc/none"):
+        await JudgePool(serving.config, {"empty": empty}).ready()
 
 
 async def test_reference_seeds_are_requests_of_their_own(serving: Serving, prompts: list[Prompt]) -> None:
