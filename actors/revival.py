@@ -19,10 +19,8 @@ from sppo_ray.errors import SppoError, WorkerDied, WorkerFailed
 
 logger = logging.getLogger(__name__)
 
-DEATHS = (
-    RayActorError,
-    OutOfMemoryError,
-)  # what a call on a dead actor raises; the second: Ray ended it for its memory
+# What a call on a dead actor raises; the second: Ray ended it for its memory.
+DEATHS = (RayActorError, OutOfMemoryError)
 RESTART_LIMIT_S = 900.0  # for a worker to serve, at its first start too; loading a large model takes minutes
 LOOK_S = 5.0  # between looks for workers that hang
 NAME_FREE_S = 0.2  # between tries to give a dead worker's name to the next: Ray frees it a moment after the death

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import subprocess
@@ -115,17 +114,6 @@ def test_a_token_that_cannot_be_kept_is_refused_with_the_remedy(monkeypatch: pyt
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/proc/nothing/token")
     with pytest.raises(ConfigError, match=r"cannot be kept at /proc/nothing/token .*set RAY_AUTH_TOKEN_PATH"):
         access.ensure_token()
-
-
-def test_whatever_starts_a_ray_here_keeps_it_on_loopback() -> None:
-    def starts_one(path: Path) -> bool:
-        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-        inits = [call for call in calls if ast.unparse(call.func) == "ray.init"]
-        return any(ast.unparse(given) == "address='local'" for call in inits for given in call.keywords)
-
-    starting = [path for folder in ("actors", "scripts") for path in (ROOT / folder).rglob("*.py") if starts_one(path)]
-    assert {path.name for path in starting} == {"cluster.py", "publish.py"}
-    assert all("    stay_on_loopback()\n" in path.read_text() for path in starting)
 
 
 def test_nothing_of_a_local_ray_listens_beyond_loopback(local: Local) -> None:

@@ -123,9 +123,8 @@ def test_a_prompt_the_tokenizer_knows_nothing_of_is_skipped(tmp_path: Path) -> N
 def test_a_prompt_of_which_only_the_template_is_left_is_skipped(tmp_path: Path) -> None:
     """A byte-less vocabulary without an unknown token: of another script nothing remains, and the policy would be asked nothing."""
     letters = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=letters, eos_token="<eos>", additional_special_tokens=["<user>", "<bot>"]
-    )
+    letters.add_special_tokens(["<user>", "<bot>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<eos>")
     tokenizer.chat_template = "<user>{{ messages[0]['content'] }}<bot>"
     found = prepared(tmp_path, tokenizer, "ab", "ba", "\u65e5\u672c\u8a9e", "aa")
     assert (found.report.prompts, found.report.empty) == (3, 1)

@@ -135,8 +135,9 @@ def test_judges_that_share_the_rollouts_gpus() -> None:
         refuse_impossible(started, Desired(rollout=5, judge=1))
 
 
-def test_without_gpus_there_is_no_bound(tmp_path: Path) -> None:
-    refuse_impossible(config(tmp_path, schedule__mode="async"), Desired(rollout=50, judge=60))
+def test_without_gpus_there_is_no_bound_but_the_configs(run: Path) -> None:
+    scale(run, "rollout=50", "judge=4096")
+    assert counts(run) == (50, 4096)
 
 
 def test_more_than_the_gpus_on_the_command_line(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Nothing that is read is run: no call in the packages that executes data, or hands a text to a shell."""
+"""Nothing that is read is run: no call in the packages that executes data, or hands a text to a shell, or starts a Ray that
+others reach."""
 
 from __future__ import annotations
 
@@ -80,3 +81,14 @@ def test_no_unsafe_call(package: str) -> None:
 )
 def test_what_counts_as_unsafe(source: str, unsafe: bool) -> None:
     assert bool(list(unsafe_calls(source))) == unsafe
+
+
+def test_whatever_starts_a_ray_here_keeps_it_on_loopback() -> None:
+    def starts_one(path: Path) -> bool:
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        inits = [call for call in calls if ast.unparse(call.func) == "ray.init"]
+        return any(ast.unparse(given) == "address='local'" for call in inits for given in call.keywords)
+
+    starting = [path for folder in ("actors", "scripts") for path in (ROOT / folder).rglob("*.py") if starts_one(path)]
+    assert {path.name for path in starting} == {"cluster.py", "publish.py"}
+    assert all("    stay_on_loopback()\n" in path.read_text() for path in starting)
