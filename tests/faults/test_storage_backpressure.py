@@ -9,7 +9,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,15 +94,16 @@ class Sampler:
 
     slots = IN_FLIGHT * WORKERS
 
-    def __init__(self, mib: int = 1) -> None:
-        """mib: a group's size."""
-        self._large, self._mib = ray.remote(large).options(num_cpus=0.1), mib
+    def __init__(self, mib: int = 1, together: int = 1) -> None:
+        """mib: a group's size. together: that many groups exist before any of them is handed on."""
+        self._large, self._mib, self._all = ray.remote(large).options(num_cpus=0.1), mib, asyncio.Barrier(together)
         self.version = self.sampled = 0
 
     async def generate(self, asked, sampling, iteration, epoch=0, protected=False):
         version, self.sampled = self.version, self.sampled + 1
         ref = self._large.remote(asked.prompt_id, iteration, version, self._mib)
         await asyncio.to_thread(ray.wait, [ref], fetch_local=False)
+        await self._all.wait()
         return Handle(ref, Receipt(asked.prompt_id, "rollout-0", 1, 0, version, iteration, epoch))
 
     async def judge(self, group):
@@ -165,11 +166,21 @@ def in_store() -> int:
     return store().object_store_bytes_used
 
 
+def in_memory() -> int:
+    """Bytes. Where spilling is slower than what comes, Ray maps files from disk beyond its store and counts them as used."""
+    stats = store()
+    return stats.object_store_bytes_used - stats.object_store_bytes_fallback
+
+
 class Measured:
     """What the object store holds, in MiB beyond what it held before, while the body runs."""
 
+    def __init__(self, held: Callable[[], int] = in_store) -> None:
+        """held: in bytes."""
+        self._held = held
+
     async def __aenter__(self) -> Measured:
-        self._before, self.seen = in_store(), []
+        self._before, self.seen = self._held(), []
         self._measuring = asyncio.create_task(self._measure())
         return self
 
@@ -181,7 +192,7 @@ class Measured:
 
     async def _measure(self) -> None:
         while True:
-            self.seen.append((await asyncio.to_thread(in_store) - self._before) / MIB)
+            self.seen.append((await asyncio.to_thread(self._held) - self._before) / MIB)
             await asyncio.sleep(0.05)
 
     def is_flat_within(self, bound: float) -> None:
@@ -212,14 +223,15 @@ async def test_the_object_store_stays_flat_while_the_disk_is_slow(a_ray, tmp_pat
 
 
 async def test_what_does_not_fit_into_the_object_store_spills(a_ray, tmp_path):
-    """Groups so large that those in flight are half as much again as the store: it stays within its size, and nothing is lost."""
+    """Groups so large that those in flight are half as much again as the store: memory stays within its size, nothing is lost."""
     cfg = config(tmp_path, rollout__in_flight=IN_FLIGHT, rollout__num_workers=WORKERS, buffer__shard_groups=1)
     buffer = BufferClient(ray.remote(SlowBuffer).options(num_cpus=0).remote(cfg))
     before, size = store().spilled_bytes_total, store().object_store_bytes_avail
-    sampler = Sampler(mib=math.ceil(1.5 * size / MIB / (IN_FLIGHT * WORKERS)))
+    in_flight = IN_FLIGHT * WORKERS
+    sampler = Sampler(mib=math.ceil(1.5 * size / MIB / in_flight), together=in_flight)
     system = SimpleNamespace(rollout=sampler, judge=sampler, buffer=buffer)
-    prompts = [prompt(f"p{n:02d}") for n in range(2 * IN_FLIGHT * WORKERS)]
-    async with Measured() as measured:
+    prompts = [prompt(f"p{n:02d}") for n in range(2 * in_flight)]
+    async with Measured(in_memory) as measured:
         await sample_and_judge(system, prompts, 1, cfg, WATCH)
     print(
         f"object store: {max(measured.seen):.0f} of {size / MIB:.0f} MiB, {store().spilled_bytes_total - before >> 20} MiB spilled"
