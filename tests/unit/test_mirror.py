@@ -15,6 +15,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from groups import config, judged
 from typer.testing import CliRunner
+from unsteady_store import Unsteady
 
 from sppo_ray import mirror
 from sppo_ray.buffer import TrainingBuffer
@@ -26,28 +27,6 @@ from sppo_ray.run_dir import check_run_dir, claim, update_manifest
 from sppo_ray.types import TrainedIteration, TrainTask
 
 NAMES = [f"p{i}" for i in range(10)]
-
-
-class Unsteady(MemoryFileSystem):
-    """Keeps files in memory; fails at the uploads whose numbers are given, hangs while its gate is closed."""
-
-    protocol = "unsteady"
-    store: dict = {}  # noqa: RUF012 - as in the base class, but its own
-    pseudo_dirs = [""]  # noqa: RUF012
-    uploads, failing = 0, frozenset()
-    gate = threading.Event()
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix("unsteady:/"))
-
-    def put_file(self, lpath, rpath, **kwargs):
-        Unsteady.uploads += 1
-        Unsteady.gate.wait()
-        if Unsteady.uploads - 1 in Unsteady.failing:
-            super().pipe_file(rpath, b"half")
-            raise TimeoutError("the store does not answer")
-        super().put_file(lpath, rpath, **kwargs)
 
 
 @pytest.fixture(autouse=True)
@@ -269,7 +248,7 @@ async def test_a_store_that_hangs_for_a_while_is_said_at_once(tmp_path, monkeypa
 
 def test_the_end_of_a_run_waits_for_a_large_file_that_is_under_way(tmp_path, monkeypatch):
     """What was begun beside the run has its time, and the last pass waits for it."""
-    monkeypatch.setattr(mirror, "SILENCE_S", 0.05)
+    monkeypatch.setattr(mirror, "SILENCE_S", 1)
     monkeypatch.setattr(mirror, "SLOWEST", 1)
     run(tmp_path / "run", "unsteady://m")
     copier, said, warned = made(tmp_path / "run", "unsteady://m")
@@ -280,7 +259,7 @@ def test_the_end_of_a_run_waits_for_a_large_file_that_is_under_way(tmp_path, mon
         while not Unsteady.uploads:
             await asyncio.sleep(0.01)
         following.cancel()
-        threading.Timer(0.5, Unsteady.gate.set).start()
+        threading.Timer(2, Unsteady.gate.set).start()
         await copier.finish()
 
     asyncio.run(follow_and_finish())
@@ -289,12 +268,12 @@ def test_the_end_of_a_run_waits_for_a_large_file_that_is_under_way(tmp_path, mon
 
 
 async def test_a_store_that_says_nothing_has_the_time_that_a_file_takes(tmp_path, monkeypatch):
-    monkeypatch.setattr(mirror, "SILENCE_S", 0.05)
+    monkeypatch.setattr(mirror, "SILENCE_S", 1)
     monkeypatch.setattr(mirror, "SLOWEST", 1)  # byte a second: any file may take a minute
     run(tmp_path / "run", "unsteady://m")
     copier, said, warned = made(tmp_path / "run", "unsteady://m")
     Unsteady.gate.clear()
-    opened = threading.Timer(0.5, Unsteady.gate.set)
+    opened = threading.Timer(2, Unsteady.gate.set)
     opened.start()
     await copier.finish()
     opened.join()

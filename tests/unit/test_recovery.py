@@ -9,10 +9,10 @@ import os
 from pathlib import Path
 
 import pytest
+from damage import cut, flip
 from groups import config, judged
 
 from sppo_ray import recovery
-from sppo_ray.async_buffer import AsyncBuffer
 from sppo_ray.atomic import checksums_of
 from sppo_ray.buffer import TrainingBuffer
 from sppo_ray.buffer_service import BufferService
@@ -20,7 +20,7 @@ from sppo_ray.ledger import Ledger
 from sppo_ray.metrics import read_metrics
 from sppo_ray.recovery import recover
 from sppo_ray.storage import StorageError
-from sppo_ray.types import Publication, ReferenceTask, TrainedIteration, TrainTask
+from sppo_ray.types import ReferenceTask, TrainedIteration, TrainTask
 
 NAMES = [f"p{i}" for i in range(10)]
 LOGPS = [(-float(i), -2.0 * i) for i in range(10)]
@@ -42,16 +42,6 @@ def trained(cfg, iteration: int = 1) -> TrainingBuffer:
     (policy / "model.safetensors").write_bytes(bytes(range(256)))
     buffer.saved(TrainedIteration(iteration, iteration, 3 * iteration, "sum", str(policy)))
     return buffer
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-20])
 
 
 DAMAGES = pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
@@ -242,77 +232,6 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path):
     left = sorted(path.name for path in (tmp_path / "iter_1").iterdir())
     assert left == ["generated.parquet", "reference.parquet", "sealed.json", "train.parquet"]
     assert not (tmp_path / ".manifest.json.123.tmp").exists()
-
-
-def sealed_async(root: Path) -> AsyncBuffer:
-    """Three updates on two groups each, a publish after each of them; sealed, not saved."""
-    overrides = {"schedule__mode": "async", "schedule__max_staleness": 0, "schedule__iterations": 1}
-    cfg = config(root, **overrides, weights__publish_every=1, learner__batch_size=2)
-    buffer = AsyncBuffer(cfg, [NAMES[:6]])
-    buffer.evaluated(0)
-    for step in range(3):
-        buffer.add([judged(f"p{ticket.index}", 1, version=step) for ticket in buffer.admit(2)])
-        assert isinstance(buffer.next_task(step), TrainTask)
-        if step < 2:
-            buffer.published(Publication(step + 1, step + 1, 1, False, "c", 0.0))
-            buffer.serve(step + 1)
-    buffer.seal(1, NAMES[:6])
-    return buffer
-
-
-def test_async_a_damaged_train_table_is_made_again(tmp_path):
-    cfg = sealed_async(tmp_path).config
-    path = tmp_path / "iter_1/train.parquet"
-    before = path.read_bytes()
-    flip(path)
-    assert "made again from generated.parquet" in recover(cfg)[0]
-    assert path.read_bytes() == before
-
-
-def test_async_where_only_the_schedule_can_make_it_the_slice_is_sealed_again(tmp_path):
-    cfg = sealed_async(tmp_path).config
-    path = tmp_path / "iter_1/train.parquet"
-    before = path.read_bytes()
-    flip(path)
-    batches = tmp_path / "iter_1/batches.jsonl"
-    kept = batches.read_bytes()
-    batches.write_bytes(b"")  # as in slice order, where batches are not written down
-    recover(cfg)
-    batches.write_bytes(kept)
-    again = AsyncBuffer(cfg, [NAMES[:6]])
-    assert again.collected(1)
-    again.seal(1, NAMES[:6])
-    assert path.read_bytes() == before
-
-
-def test_async_a_sealed_slice_whose_batches_are_damaged_is_sealed_again(tmp_path):
-    cfg = sealed_async(tmp_path).config
-    train, path = (tmp_path / "iter_1" / name for name in ("train.parquet", "batches.jsonl"))
-    before, lines = train.read_bytes(), path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(lines[0] + lines[1].replace(b"[[2, 1]", b"[[1, 1]") + lines[2])  # still a batch, of other rows
-    assert path.read_bytes() != b"".join(lines)
-    assert "batches.jsonl" in recover(cfg)[0]
-    again = AsyncBuffer(cfg, [NAMES[:6]])
-    again.evaluated(0)
-    assert again.resume_point().up_to == 1
-    assert not again.collected(1)
-    for step in (1, 2):
-        again.published(Publication(step, step, 1, False, "c", 0.0))
-        again.serve(step)
-        again.add([judged(f"p{ticket.index}", 1, version=step) for ticket in again.admit(2)])
-        assert isinstance(again.next_task(step), TrainTask)
-    again.seal(1, NAMES[:6])
-    assert (train.read_bytes(), path.read_bytes()) == (before, b"".join(lines))
-    assert recover(cfg) == []
-
-
-def test_async_damaged_groups_are_sampled_again(tmp_path):
-    cfg = sealed_async(tmp_path).config
-    flip(tmp_path / "iter_1/generated.parquet")
-    assert "made again" in recover(cfg)[0]
-    again = AsyncBuffer(cfg, [NAMES[:6]])
-    assert [ticket.number for ticket in again.admit(10)] == [0, 1]  # from the first update on
-    assert again.resume_point().up_to == 0
 
 
 async def test_a_policy_that_is_no_more_leaves_no_evaluation_behind(tmp_path):
