@@ -189,7 +189,7 @@ async def test_a_store_that_fails_for_a_while_is_said_once(tmp_path):
 
 
 async def test_a_store_that_fails_to_the_end_is_a_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(mirror, "SILENCE_S", 0.02)
+    monkeypatch.setattr(mirror, "SILENCE_S", 0.5)
     run(tmp_path / "run", "unsteady://m")
     Unsteady.failing = frozenset(range(1000))
     copier, said, warned = made(tmp_path / "run", "unsteady://m")
