@@ -38,7 +38,7 @@ class Gate:
 
 async def waiting(gate: Any, count: int) -> list[str]:
     """Who waits at the gate, once `count` do."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         while True:
             inside, _ = await gate.state.remote()
             if len(inside) == count:

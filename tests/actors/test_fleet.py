@@ -66,7 +66,7 @@ def stub(name: str, broken: bool = False, hold: bool = False) -> Any:
 
         async def shutdown(self) -> None: ...
 
-    wait_for(lambda: free(name), timeout=60)
+    wait_for(lambda: free(name), timeout=300)
     options = {"num_cpus": 0.01, "max_concurrency": 100, "name": name, "namespace": "stubs"}
     return ray.remote(Stub).options(**options).remote()
 
@@ -120,7 +120,7 @@ def bench(ray_local: None, actor_config: Config, tmp_path: Path) -> Iterator[Ben
 
 
 async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         while not true():
             await asyncio.sleep(0.05)
 
@@ -165,7 +165,7 @@ async def test_a_newcomer_loads_what_was_published_while_it_started(bench: Bench
 
 @pytest.mark.parametrize(
     ("behaviour", "limit_s", "reason"),
-    [({"broken": True}, 60.0, "no such model"), ({"hold": True}, 3.0, "did not serve within 3 s")],
+    [({"broken": True}, 300.0, "no such model"), ({"hold": True}, 3.0, "did not serve within 3 s")],
 )
 async def test_a_newcomer_that_cannot_start_ends_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, behaviour: dict[str, Any], limit_s: float, reason: str

@@ -26,7 +26,7 @@ from sppo_ray.templating import encoder_of
 from sppo_ray.types import Prompt, Sampling
 from sppo_ray.weight_chunks import WeightChunk, pack
 
-GREEDY = Sampling(0.0, 1.0, 200, (0,))
+GREEDY = Sampling(0.0, 1.0, 400, (0,))  # so long that even a held-up test meets them in the middle
 Weights = dict[str, torch.Tensor]
 AnyEngine = InProcessEngine | AsyncEngine
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")  # an engine belongs to on
 
 
 def sampled(i: int) -> Sampling:
-    return Sampling(1.3, 0.9, 200, tuple(range(100 * i, 100 * i + 3)))
+    return Sampling(1.3, 0.9, 400, tuple(range(100 * i, 100 * i + 3)))
 
 
 class Versions:
@@ -86,7 +86,7 @@ async def engine(
     request: pytest.FixtureRequest, versions: Versions, policy: Path, actor_config: Config
 ) -> AsyncIterator[AnyEngine]:
     """Serving weights that babble. At most 8 sequences at once: of many groups some wait in vLLM's queue."""
-    rollout = actor_config.rollout.model_copy(update={"max_num_seqs": 8})
+    rollout = actor_config.rollout.model_copy(update={"max_num_seqs": 8, "max_model_len": 512})
     arguments = engine_arguments(actor_config.model_copy(update={"rollout": rollout}), str(policy))
     stop_ids = encoder_of(AutoTokenizer.from_pretrained(policy)).stop_ids
     with pytest.MonkeyPatch.context() as patch:
@@ -230,7 +230,7 @@ async def test_recorded_and_scored_log_probabilities(
 ) -> None:
     """Both are of the full softmax at temperature 1, up to a context that is full."""
     for i, prompt in enumerate(prompts[:3]):
-        room = 256 - len(prompt.token_ids)
+        room = 512 - len(prompt.token_ids)
         outputs = await engine.generate(prompt.token_ids.tolist(), Sampling(temperature, top_p, room, (7, 8)))
         for output in outputs:
             check_logprobs(versions, prompt, output, greedy=False)

@@ -102,7 +102,7 @@ async def test_a_lost_call_is_made_again_on_another_worker(config: Config, good:
     assert pool.slots == 2 * each
     assert (await pool.generate(PROMPT, sampling(13), 1)).receipt.worker == "good-0"
     assert pool.slots == each
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         while (await pool.generate(PROMPT, sampling(1), 1)).receipt.worker != "mortal":
             await asyncio.sleep(0.2)  # another is started in its place, under its name
     assert pool.slots == 2 * each
@@ -164,16 +164,16 @@ async def test_who_does_not_answer_a_load_is_left_out(
     config: Config, good: Any, hub: Any, all_at_once: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     slow = start("slow", load_s=3600)
-    pool = RolloutPool(limited(config, timeout_s=8), {"slow": slow} | good, hub, all_at_once)
+    pool = RolloutPool(limited(config, timeout_s=20), {"slow": slow} | good, hub, all_at_once)
     await pool.ready()
     assert (await pool.load(1)).keys() == good.keys()
     assert "version 1 is served without slow" in caplog.text
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         while "slow: died 1 time" not in caplog.text:  # none is started in its place here
             await asyncio.sleep(0.05)
     stacks = (Path(config.run.dir) / "logs/slow.stacks.txt").read_text()
     assert "Thread" in stacks and "MainThread" in stacks  # noqa: PT018
-    assert "slow: hangs: no answer to load in 8 s." in caplog.text
+    assert "slow: hangs: no answer to load in 20 s." in caplog.text
     assert (await pool.load(1)).keys() == good.keys()
 
 
@@ -201,11 +201,12 @@ async def test_an_update_rolls_while_the_others_sample(config: Config, hub: Any,
 
 
 async def test_the_time_limit_is_each_workers_own(config: Config, hub: Any) -> None:
-    workers = {f"slow-{n}": start(f"slow-{n}", load_s=6) for n in range(2)}  # 12 s in turn, the limit is 11 s
-    pool = RolloutPool(limited(config, timeout_s=11), workers, hub, all_at_once=False)
+    workers = {f"slow-{n}": start(f"slow-{n}", load_s=10) for n in range(2)}  # 20 s in turn, the limit is 19 s
+    pool = RolloutPool(limited(config, timeout_s=19), workers, hub, all_at_once=False)
     await pool.ready()
     report = await pool.load(1)
-    assert all(6 <= figures["seconds"] < 11 for figures in report.values())
+    assert report.keys() == workers.keys()
+    assert all(10 <= figures["seconds"] < 19 for figures in report.values())
     for worker in workers.values():
         ray.kill(worker)
 

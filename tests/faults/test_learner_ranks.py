@@ -23,7 +23,7 @@ from sppo_ray.layout import Layout, RoleLayout
 from tests.actors import conftest, learner_factory
 from tests.actors.learner_factory import config_for, run_ranks, write_tiny_policy
 
-TIMEOUT_S = 60  # a rank that starts on a busy machine, imports and all, must not come near it
+TIMEOUT_S = 90  # a rank that starts on a busy machine, imports and all, must not come near it
 ROLE = RoleLayout(1, 0, 0.1)
 LAYOUT = Layout(kind="cpu", rollout=ROLE, judge=ROLE, learner=RoleLayout(2, 0, 0.1), nodes=1)
 

@@ -36,7 +36,7 @@ async def run_async(fakes, slices=SLICES):
     start, version = (done.iteration, done.version) if done else (0, 0)
     try:
         await asyncio.wait_for(
-            asynchronous.run(fakes.system, slices, fakes.config, fakes, start, version), timeout=60
+            asynchronous.run(fakes.system, slices, fakes.config, fakes, start, version), timeout=600
         )  # fmt: skip
     finally:
         fakes.learner.cancel()
@@ -121,7 +121,17 @@ async def test_a_run_that_goes_on_under_a_smaller_bound_comes_to_its_end(tmp_pat
 
 
 async def test_sampling_and_training_overlap(tmp_path):
-    fakes = await run_async(Fakes(async_config(tmp_path, schedule__max_staleness=4), SLICES))
+    """The first slice is sealed late: sampling of the second does not wait for it, or this would wait for ever."""
+    fakes = Fakes(async_config(tmp_path, schedule__max_staleness=4), SLICES)
+    seal = fakes.buffer.seal
+
+    async def late(iteration, prompt_ids):
+        while iteration == 1 and not any(entry[1] == 2 for entry in _of(fakes, "generate")):
+            await asyncio.sleep(0.001)
+        return await seal(iteration, prompt_ids)
+
+    fakes.buffer.seal = late
+    await run_async(fakes)
     rows = [row for t in (1, 2, 3) for row in table(tmp_path, t).to_pylist()]
     assert any(row["consumed_version"] > row["policy_version"] for row in rows)
     first_sealed = fakes.log.index(("sealed", 1))
@@ -189,7 +199,7 @@ async def test_a_learner_that_gives_up_ends_the_run_with_its_reason(tmp_path):
     fakes.learner.cancel()
     await fakes.buffer.give_up("learner-0: the loss is not finite")
     with pytest.raises(SppoError, match="not finite"):
-        await asyncio.wait_for(asynchronous.run(fakes.system, SLICES, fakes.config, fakes), timeout=60)
+        await asyncio.wait_for(asynchronous.run(fakes.system, SLICES, fakes.config, fakes), timeout=600)
 
 
 async def test_a_caller_that_is_gone_keeps_nobody_from_the_acknowledgement(tmp_path):
@@ -198,7 +208,7 @@ async def test_a_caller_that_is_gone_keeps_nobody_from_the_acknowledgement(tmp_p
     gone, stays = (asyncio.create_task(service.add(Handle(judged(name), None))) for name in names)
     await asyncio.sleep(0)
     gone.cancel()
-    await asyncio.wait_for(stays, timeout=60)
+    await asyncio.wait_for(stays, timeout=600)
     assert await service.held(1) == set(names)
 
 

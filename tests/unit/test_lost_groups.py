@@ -44,7 +44,7 @@ async def run(folder, mode, times):
     await fakes.start()
     schedule = asynchronous if mode == "async" else synchronous
     try:
-        await asyncio.wait_for(schedule.run(fakes.system, SLICES, run, fakes), 60)
+        await asyncio.wait_for(schedule.run(fakes.system, SLICES, run, fakes), 600)
     finally:
         fakes.learner.cancel()
     return fakes

@@ -130,7 +130,7 @@ def test_same_bits_alone_after_others_and_in_a_fresh_process(judge, folder):
         f"import sys, torch; torch.set_num_threads({torch.get_num_threads()}); from sppo_ray.pairrm import load_pairrm;"
         f"sys.stdout.write(load_pairrm({str(folder)!r}).logits(*{GROUPS[0]!r}).tobytes().hex())"
     )
-    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert bytes.fromhex(fresh.stdout) == alone[0]
 
 
