@@ -23,16 +23,16 @@ def test_import_gives_what_llm_blender_needs_and_can_be_repeated():
 def test_import_leaves_vllm_out_and_importable():
     code = (
         "import sys, importlib.util; from sppo_ray.llm_blender_compat import import_llm_blender; import_llm_blender();"
-        "assert 'vllm' not in sys.modules; importlib.util.find_spec('vllm')"
+        "assert 'vllm' not in sys.modules; assert importlib.util.find_spec('vllm')"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    assert subprocess.run([sys.executable, "-c", code], timeout=300, check=False).returncode == 0
 
 
 def test_module_itself_imports_neither_library():
     code = (
         "import sys, sppo_ray.llm_blender_compat;assert not {'torch', 'transformers', 'llm_blender'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    assert subprocess.run([sys.executable, "-c", code], timeout=300, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

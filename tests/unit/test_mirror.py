@@ -8,16 +8,14 @@ import os
 import re
 import shutil
 import threading
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from groups import config, judged
 from typer.testing import CliRunner
-from unsteady_store import Unsteady
+from unsteady_store import Unsteady, clock_from_the_first_upload
 
 from sppo_ray import mirror
 from sppo_ray.buffer import TrainingBuffer
@@ -248,18 +246,6 @@ async def test_a_store_that_hangs_for_a_while_is_said_at_once(tmp_path, monkeypa
     assert re.search(r"took nothing for 0\.05\d* s; the run goes on", warning)
     assert "up to date" in said[0]
     assert "manifest.json" in names_in("unsteady://m")
-
-
-def clock_from_the_first_upload(monkeypatch):
-    """For the mirror: a busy machine may take its time to begin, which is no silence of the store."""
-    begun: list[float] = []
-
-    def now() -> float:
-        if Unsteady.uploads and not begun:
-            begun.append(time.monotonic())
-        return time.monotonic() - begun[0] if begun else 0.0
-
-    monkeypatch.setattr(mirror, "time", SimpleNamespace(monotonic=now))
 
 
 def test_the_end_of_a_run_waits_for_a_large_file_that_is_under_way(tmp_path, monkeypatch):

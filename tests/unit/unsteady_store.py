@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
+from types import SimpleNamespace
 
 from fsspec.implementations.memory import MemoryFileSystem
+
+from sppo_ray import mirror
 
 
 class Unsteady(MemoryFileSystem):
@@ -27,3 +31,15 @@ class Unsteady(MemoryFileSystem):
             super().pipe_file(rpath, b"half")
             raise TimeoutError("the store does not answer")
         super().put_file(lpath, rpath, **kwargs)
+
+
+def clock_from_the_first_upload(monkeypatch):
+    """For the mirror: a busy machine may take its time to begin, which is no silence of the store."""
+    begun: list[float] = []
+
+    def now() -> float:
+        if Unsteady.uploads and not begun:
+            begun.append(time.monotonic())
+        return time.monotonic() - begun[0] if begun else 0.0
+
+    monkeypatch.setattr(mirror, "time", SimpleNamespace(monotonic=now))
