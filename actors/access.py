@@ -35,12 +35,10 @@ def ensure_token() -> None:
     the machine if there is none: so make it first, for this user alone. Raises ConfigError where it cannot be kept."""
     if os.environ.get("RAY_AUTH_MODE", "token") != "token" or "RAY_AUTH_TOKEN" in os.environ:
         return
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    path = _token_file()
     try:
         if path.exists() and path.stat().st_size:  # an empty one is of a writer that was killed
-            if path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077:  # as Ray itself leaves it
-                with suppress(OSError):  # on a read-only mount, e.g. of a cluster's secrets
-                    path.chmod(0o600)
+            close_token()
             return
         with (
             whole_file(path) as temporary,
@@ -54,14 +52,31 @@ def ensure_token() -> None:
         ) from None
 
 
+def close_token() -> None:
+    """To others, if it is in a file of this user's: Ray itself leaves one that everyone can read."""
+    path = _token_file()
+    with suppress(OSError):  # there is none, or it is on a read-only mount, e.g. of a cluster's secrets
+        if path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+
+
+def _token_file() -> Path:
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+
+
 def stay_on_loopback() -> None:
     """Make the Ray that this process starts, or joins by a loopback address, keep to the loopback interface.
 
     Ray turns 127.0.0.1 into the machine's address, and its servers listen on what they think is the node's. The switch that
     stops this was made for systems with pop-up firewalls; Ray reads it when it is imported, its child processes when they start.
+    gloo, among the learner's and vLLM's ranks, would listen on what the machine's name stands for.
     """
     os.environ[LOOPBACK_ONLY] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
+    interfaces = psutil.net_if_addrs().items()
+    os.environ["GLOO_SOCKET_IFNAME"] = next(
+        name for name, entries in interfaces if any(entry.address == "127.0.0.1" for entry in entries)
+    )
 
 
 def refuse_open_cluster(address: str, allowed: bool) -> str | None:

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import AuthenticationError
 from rich.console import Console
 
-from actors.access import REMEDY, ensure_token, refuse_open_cluster, stay_on_loopback
+from actors.access import REMEDY, close_token, ensure_token, refuse_open_cluster, stay_on_loopback
 from sppo_ray.config import Config
 from sppo_ray.errors import ConfigError, SppoError
 from sppo_ray.layout import Layout
@@ -58,6 +58,7 @@ def connected(config: Config, layout: Layout) -> Iterator[Connection]:
 
 
 def _join(address: str, namespace: str) -> ray.runtime_context.RuntimeContext:
+    close_token()
     in_job = (
         "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     )  # then the job's own working directory is on every worker's path

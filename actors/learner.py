@@ -7,6 +7,7 @@ import asyncio
 import logging
 import math
 import os
+import secrets
 import time
 import traceback
 from dataclasses import dataclass, replace
@@ -76,7 +77,7 @@ def _loop(config: Config, buffer: Any, hub: Any, watcher: Any, takes_turns: bool
     from actors.trainer_engine import TrainingEngine
 
     way.at("joining the other ranks")
-    ranks = replace(Ranks.join(), way=way)
+    ranks = replace(Ranks.join(ray.get(watcher.ranks_key.remote())), way=way)
     ranks.way.at("waiting for the buffer", limited=False)
     start = ranks.broadcast(ray.get(buffer.resume_point.remote()) if ranks.first else None)
     source = local_folder(start.policy_dir)
@@ -195,7 +196,7 @@ class LearnerActor:
         self._ranks = f"{layout.learner.workers} ranks on {'gpu' if layout.learner.gpus else 'cpu'}"
         begin(config.run.dir, NAME)
         self._watchman, self._cause = Watchman(config.learner.timeout_s, config.run.dir), FirstCause()
-        self._buffer = buffer
+        self._buffer, self._ranks_key = buffer, secrets.token_bytes(32)
         # Ray Train ends ranks that do not answer, but names none: not before the watchman has.
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.learner.timeout_s + COLLECTIVE_GRACE_S)
         os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(POLL_S)
@@ -209,6 +210,10 @@ class LearnerActor:
     async def ping(self) -> stacks.Place:
         """Where its process is: that it is there."""
         return stacks.here()
+
+    async def ranks_key(self) -> bytes:
+        """That of the ranks' messages to each other (actors/ranks.py)."""
+        return self._ranks_key
 
     async def beat(self, member: Member, place: Place) -> None:
         """A rank's sign of life."""

@@ -75,7 +75,7 @@ class Publisher:
     def publish(self, config: Config, hub: Any, version: int) -> float:
         """Seconds."""
         started = time.perf_counter()
-        publish(config, hub, Ranks(rank=0, world=1, group=None), version, self._gathered(), self._folder)
+        publish(config, hub, Ranks(rank=0, world=1, group=None, key=b""), version, self._gathered(), self._folder)
         return time.perf_counter() - started
 
     def _gathered(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -105,7 +105,7 @@ class AsyncProbe(Probe):
 def main(policy: Path, out: Path, rank: int, world: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
-    probe = AsyncProbe(policy, out, Ranks.join())
+    probe = AsyncProbe(policy, out, Ranks.join(b"of the test"))
     for stage in (0, 3) if world == 1 else (0, 2, 3):
         probe.beforehand(f"beforehand {stage}", zero_stage=stage)
         probe.snapshot(f"snapshot slice {stage}", "slice", zero_stage=stage)

@@ -78,7 +78,7 @@ class CheckpointProbe(Probe):
 def main(policy: Path, out: Path, rank: int, world: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
-    probe = CheckpointProbe(policy, out, Ranks.join())
+    probe = CheckpointProbe(policy, out, Ranks.join(b"of the test"))
     if world == 2:
         probe.checkpoint(SHARED, tasks(), zero_stage=3, optimizer="adamw")
         for stage in (0, 2, 3):

@@ -126,7 +126,7 @@ def plain_sgd(config: Config, parameters: Iterator[torch.nn.Parameter]) -> torch
 def main(policy: Path, out: Path, rank: int, world: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
-    probe = Probe(policy, out, Ranks.join())
+    probe = Probe(policy, out, Ranks.join(b"of the test"))
     rmsprop = trainer_engine.build_optimizer
     for stage in (0, 2, 3):
         trainer_engine.build_optimizer = plain_sgd

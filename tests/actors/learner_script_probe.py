@@ -18,5 +18,5 @@ if __name__ == "__main__":
     out, rank, world = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
-    Probe(Path(sys.argv[1]), out, Ranks.join()).script("script", zero_stage=3)
+    Probe(Path(sys.argv[1]), out, Ranks.join(b"of the test")).script("script", zero_stage=3)
     dist.destroy_process_group()

@@ -106,6 +106,11 @@ def test_a_writer_that_was_killed_leaves_no_token_of_half(tmp_path: Path, monkey
     path.chmod(0o644)  # as Ray itself makes one
     access.ensure_token()
     assert (path.read_text(), path.stat().st_mode & 0o777) == (token, 0o600)
+    path.chmod(0o640)
+    access.close_token()  # as before a cluster is joined
+    assert (path.read_text(), path.stat().st_mode & 0o777) == (token, 0o600)
+    path.unlink()
+    access.close_token()
 
 
 def test_a_token_that_cannot_be_kept_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +130,11 @@ def test_nothing_of_a_local_ray_listens_beyond_loopback(local: Local) -> None:
             listening |= {(name, ip.removeprefix("::ffff:")) for ip in found}  # an IPv4 address on an IPv6 socket
     assert {"gcs_server", "raylet"} <= {name for name, _ in listening}
     assert not [entry for entry in listening if not ip_address(entry[1]).is_loopback]
+
+
+def test_what_gloo_opens_in_a_local_ray_is_on_loopback(local: Local) -> None:
+    (interface,) = {process.environ()["GLOO_SOCKET_IFNAME"] for process in local.family() if process.name() == "raylet"}
+    assert "127.0.0.1" in {entry.address for entry in psutil.net_if_addrs()[interface]}
 
 
 def ask(url: str, token: str | None, body: dict[str, Any] | None = None) -> int:

@@ -23,7 +23,7 @@ from sppo_ray.types import Prompt, ResponseGroup, Sampling
 from sppo_ray.weight_chunks import Checksum, WeightChunk, pack
 
 pytestmark = pytest.mark.timeout(900)  # with the start of the engines that all tests share, and of more
-ALONE = Ranks(rank=0, world=1, group=None)  # a learner of one rank
+ALONE = Ranks(rank=0, world=1, group=None, key=b"")  # a learner of one rank
 GREEDY = Sampling(0.0, 1.0, 32, (0,))
 Weights = dict[str, torch.Tensor]
 
@@ -211,7 +211,7 @@ async def test_every_channel_serves_the_same(
 
 def test_other_ranks_take_part_in_the_gathering_and_leave_the_hub_alone(actor_config: Config) -> None:
     tensors = iter([("a", torch.zeros(1)), ("b", torch.zeros(1))])
-    assert publish(actor_config, None, Ranks(rank=1, world=2, group=None), 1, tensors, "") == ""
+    assert publish(actor_config, None, Ranks(rank=1, world=2, group=None, key=b""), 1, tensors, "") == ""
     assert next(tensors, None) is None
 
 

@@ -41,7 +41,7 @@ class Learner:
         generator = torch.Generator().manual_seed(seed)
         weights = load_file(ASSETS / "policy" / "model.safetensors")
         noisy = ((n, (w + 0.05 * torch.randn(w.shape, generator=generator)).bfloat16()) for n, w in weights.items())
-        return publish(config, hub, Ranks(rank=0, world=1, group=None), version, noisy, str(ASSETS / "policy"))
+        return publish(config, hub, Ranks(rank=0, world=1, group=None, key=b""), version, noisy, str(ASSETS / "policy"))
 
 
 @pytest.fixture
