@@ -44,6 +44,7 @@ class Worker:
         self.member = member  # it gets calls and is started again; newcomers are not there yet, who leaves is no more
         self.load = 0  # calls in flight
         self.working = 0  # those of them that sample or judge
+        self.done = 0  # calls that it finished, in all its lives
         self.waited_s = 0.0  # since one of these ended, as far as anyone looked
         self.loading = False  # it takes new weights: calls wait there
         self.returning: asyncio.Task[None] | None = None  # while it is started again
@@ -69,6 +70,7 @@ class Worker:
 
     def finished(self) -> None:
         """A call: whatever it died of before, it can work."""
+        self.done += 1
         if self.returning is None:
             self.deaths, self.cause = 0, None
 

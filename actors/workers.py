@@ -19,7 +19,9 @@ from sppo_ray.ledger import LedgerDamaged
 from sppo_ray.protocols import Handle
 from sppo_ray.types import Prompt, Receipt
 
-ATTEMPTS = 3  # a call that three workers died of, where possible on different nodes, is taken for the cause of it
+# A call that was with three workers when they died, where possible on different nodes, is taken for the cause of it, unless they
+# had finished others since they got it: then something else killed them, and the call may have waited all the time.
+ATTEMPTS = 3
 
 
 class Workers:
@@ -61,9 +63,10 @@ class Workers:
         self._watch_over()
         first: tuple[str, BaseException] | None = None  # the worker that was lost first, and why
         ill: set[str | None] = set()  # nodes on which one died: the others there may be dead, too
-        for _ in range(ATTEMPTS):
+        died_of_it = 0
+        while died_of_it < ATTEMPTS:
             worker = await self._least_loaded(ill)
-            handle = worker.handle
+            handle, done = worker.handle, worker.done
             try:
                 with worker.at_work():
                     result = await submit(getattr(handle, method))
@@ -77,6 +80,7 @@ class Workers:
                 self.revival.lost(worker, handle, error)
                 first = first or (worker.name, worker.cause or error)
                 ill.add(_node(worker))
+                died_of_it += worker.done == done
             except ObjectLostError as error:
                 raise _lost_group(method, args, error) from error
             except RayError as error:

@@ -68,6 +68,28 @@ def test_a_finished_call_makes_up_for_the_deaths_before_it() -> None:
     run_virtual(job())
 
 
+def test_a_long_call_is_not_blamed_for_deaths_of_workers_that_finish_others() -> None:
+    """As of a queue of held-out prompts, the last of which meets every death of its worker."""
+
+    async def start(actor: Actor) -> None:
+        if actor.number < 5:
+            asyncio.get_running_loop().call_later(2.0, actor.die, "preempted")
+
+    async def work(actor: Actor, method: str, seconds: float) -> int:
+        await asyncio.sleep(seconds)
+        return actor.number
+
+    async def job() -> None:
+        workers = workers_on(Stage(work, start), max_restarts=1)
+        await workers.started(workers.all[0])
+        last = asyncio.create_task(workers.call("score", 10.0))
+        while not last.done():
+            await workers.call("score", 0.75)
+        assert last.result() == 5
+
+    run_virtual(job())
+
+
 def test_a_worker_that_ray_ended_for_its_memory_is_started_again() -> None:
     async def work(actor: Actor, *_: Any) -> int:
         if actor.number == 0:
