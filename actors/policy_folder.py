@@ -42,16 +42,19 @@ def write_policy(
     storage = storage or Storage()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        storage.patiently("a policy", temporary, partial(_begin, temporary, Path(source), dtype))
+        storage.patiently("a policy", temporary, partial(_begin, folder, temporary, Path(source), dtype))
         _write_shards(temporary, tensors, storage)
         storage.patiently("a policy", folder, partial(_put_in_place, temporary, folder))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _begin(temporary: Path, source: Path, dtype: str) -> None:
+def _begin(folder: Path, temporary: Path, source: Path, dtype: str) -> None:
     make_folder(temporary.parent)
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in temporary.parent.glob(
+        f".{folder.name}.*.tmp"
+    ):  # of this try before the disk was full; of a rank that was killed
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()
     _copy_small_files(source, temporary, dtype)
     for path in temporary.iterdir():

@@ -106,6 +106,16 @@ def test_checksum_is_the_same_in_chunks_one_by_one_and_from_a_folder(tmp_path: P
     assert {checksum(named), checksum(read), checksum(read, 100)} == {one_by_one.hexdigest()}
 
 
+def test_what_a_killed_writer_left_goes_with_the_next_save(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/config.json").write_text("{}")
+    (tmp_path / "runs/.policy.1.tmp").mkdir(parents=True)
+    (tmp_path / "runs/.policy.1.tmp/model-00001.safetensors").write_bytes(b"half")
+    (tmp_path / "runs/.sealed.json.1.tmp").touch()  # another writer's
+    write_policy(tmp_path / "runs/policy", str(tmp_path / "source"), "float32", weights().items())
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"policy", ".sealed.json.1.tmp"}
+
+
 @pytest.mark.parametrize("change", ["name", "dtype", "shape", "bytes", "missing", "swapped"])
 def test_checksum_sees(change: str) -> None:
     named, before = weights(), checksum(weights())
