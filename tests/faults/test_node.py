@@ -1,4 +1,5 @@
-"""A node dies with the workers on it: others take over on the nodes that are left, and tables and weights are the same."""
+"""A node dies with what is on it: workers, for which others on the nodes that are left take over, or all actors of the run.
+Tables and weights are the same."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from tests.actors.job_runs import LIMIT_S, ROOT, SLOW, SMALL
 
 
 @pytest.mark.timeout(3 * LIMIT_S)
-def test_a_node_dies(whole, tmp_path):
-    command = [sys.executable, "-m", "tests.faults.two_nodes", str(tmp_path / "run"), *SMALL, *SLOW]
+@pytest.mark.parametrize("lost", ["workers", "everything"])
+def test_a_node_dies(whole, tmp_path, lost):
+    command = [sys.executable, "-m", "tests.faults.two_nodes", lost, str(tmp_path / "run"), *SMALL, *SLOW]
     environ = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "a-token-for-this-test-of-thirty-two-characters",
@@ -26,7 +28,12 @@ def test_a_node_dies(whole, tmp_path):
     )  # fmt: skip
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["exit"] == 0, found["output"]
-    assert {"rollout", "judge"} & {name.partition("-")[0] for name in found["killed"]}
+    killed = {name.partition("-")[0] for name in found["killed"]}
+    if lost == "workers":
+        assert {"rollout", "judge"} & killed
+    else:
+        assert {"rollout", "judge", "buffer", "weights", "learner"} <= killed
+        assert "starting all actors again" in found["output"]
     for iteration in (1, 2):
         mine, undisturbed = (
             pq.read_table(folder / f"iter_{iteration}/train.parquet") for folder in (tmp_path / "run", whole[0])
