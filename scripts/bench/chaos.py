@@ -1,5 +1,6 @@
 """Kills the processes of a run, one after the other, by a seeded script, and compares what it made with an undisturbed run.
-The kills are spread over the work: sampling, training, publishing, evaluating.
+The kills are spread over the work: sampling, training, publishing, evaluating, and one in four over whatever the run is at,
+mostly starting.
 
     python scripts/bench/chaos.py --kills 100 --out runs/chaos                     # sync: the same tables and weights?
     python scripts/bench/chaos.py --kills 100 --config configs/tiny_cpu_async.yaml # async: bound held, each prompt once?
@@ -101,7 +102,7 @@ def main() -> None:
         help="a finished run of the same config and overrides, else it is made; for async any one of the same slices and updates",
     )
     parser.add_argument(
-        "--pause", type=float, nargs=2, default=(0.5, 5.0), help="seconds of serving before a kill that is due"
+        "--pause", type=float, nargs=2, default=(0.5, 5.0), help="seconds of serving before most kills that are due"
     )
     parser.add_argument("overrides", nargs="*", help="key=value")
     options = parser.parse_args()

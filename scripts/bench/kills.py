@@ -20,7 +20,7 @@ from sppo_ray.ledger import Ledger
 from sppo_ray.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-# By the title that Ray gives a worker process: the class, then the method that runs.
+# By the title that Ray gives a worker process: the class, then the method that runs; before it, while it starts, its name.
 TITLES = {
     "rollout": "RolloutWorker",
     "judge": "JudgeWorker",
@@ -31,6 +31,7 @@ TITLES = {
 }
 KINDS = (*TITLES, "driver", "power")
 LAST_KILL = 0.95  # of the work; later ones would often meet the end of the run
+AT_ONCE = 0.25  # of the kills come whatever the run is at; in the others it has begun again to do something
 LIMIT_S = 900  # for a run to have a victim of the kind that is due, and to end after the last kill
 
 
@@ -120,7 +121,8 @@ class Run:
     def over(self) -> bool:
         return self.process.poll() is not None
 
-    def victims(self, kind: str) -> list[psutil.Process]:
+    def victims(self, kind: str, started: bool = False) -> list[psutil.Process]:
+        """started: only those that have left their constructor."""
         try:
             family = self.process.children(recursive=True)
         except psutil.NoSuchProcess:
@@ -129,7 +131,7 @@ class Run:
             return [self.process] if family else []
         if kind == "power":
             return [self.process, *family] if family else []
-        return [process for process in family if re.match(rf"ray::({TITLES[kind]})\b", _title(process))]
+        return [process for process in family if is_title(_title(process), kind, started)]
 
     def wait(self) -> None:
         """Raises SystemExit with the run's output if it failed."""
@@ -142,6 +144,12 @@ class Run:
             sys.exit(f"the run failed or hangs; the end of {self.log}:\n{self.log.read_text()[-4000:]}")
 
 
+def is_title(title: str, kind: str, started: bool = False) -> bool:
+    """Whether a process of that title is of that kind; started: and has left its constructor."""
+    name = "" if started else r"(?:[\w-]+:)?"
+    return bool(re.match(rf"ray::{name}(?:{TITLES[kind]})\b", title))
+
+
 def _title(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
@@ -150,13 +158,14 @@ def _title(process: psutil.Process) -> str:
 
 
 def disturb(run: Run, kinds: list[str], rng: random.Random, work: Work, pause: tuple[float, float]) -> Killed:
-    """Kill one process of each of `kinds` in turn, at random points of the work, so that sampling, training, publishing and
-    evaluating all meet them. Ends with the run."""
-    done = Killed()
+    """Kill one process of each of `kinds` in turn, at random points of the work, so that sampling, training, publishing,
+    evaluating and starting all meet them. Ends with the run."""
+    done, at_once = Killed(), False
     due = sorted(rng.uniform(0, LAST_KILL) for _ in kinds)
     with Stopwatch(run.folder, done) as watch:
         for kind, share in zip(kinds, due, strict=True):
-            if not _has_done(run, work, share) or not _serving_for(run, rng.uniform(*pause)):
+            at_once = not at_once and rng.random() < AT_ONCE  # never twice in a row: nothing done at all ends a run
+            if not _has_done(run, work, share) or not (at_once or _serving_for(run, rng.uniform(*pause))):
                 break
             watch.stop()
             if not _strike(run, kind, rng):
@@ -200,7 +209,7 @@ def _serving_for(run: Run, seconds: float) -> bool:
     while began is None or time.monotonic() - began < seconds:
         if run.over or time.monotonic() > end:
             return False
-        if began is None and run.victims("judge"):
+        if began is None and run.victims("judge", started=True):
             began = time.monotonic()
         time.sleep(0.1)
     return True

@@ -24,13 +24,17 @@ def test_every_kind_is_killed_and_the_tables_and_weights_are_the_same(whole, tmp
 
 
 @pytest.mark.timeout(2 * LIMIT_S)
-def test_a_hub_that_dies_while_the_workers_start_is_started_again_with_them(tmp_path):
+def test_a_worker_that_dies_while_it_starts_is_started_again_and_so_are_all_with_the_hub(tmp_path):
     sys.path.insert(0, str(ROOT / "scripts/bench"))
     import kills
 
     run = kills.Run(ROOT / "configs/tiny_cpu.yaml", tmp_path / "run", [*SMALL, "schedule.iterations=1", "data.limit=8"])
     try:
-        wait_for(lambda: run.victims("rollout") and run.victims("weights"))
+        wait_for(lambda: run.victims("judge"))
+        (starting,) = run.victims("judge")
+        assert not run.victims("judge", started=True)
+        starting.kill()
+        wait_for(lambda: set(run.victims("judge")) - {starting} and run.victims("rollout"))
         run.victims("weights")[0].kill()
         run.wait()
     finally:

@@ -1,0 +1,131 @@
+"""chaos.py and soak.py find what they look for: their verdicts on runs and readings with one thing wrong."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sppo_ray.config import Config
+from sppo_ray.config_io import load_config
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts/bench"))
+
+import chaos  # noqa: E402
+import kills  # noqa: E402
+import soak  # noqa: E402
+
+SYNC = [{"prompt_id": name, "loss_weight": 1.0} for name in "abc"]
+ASYNC = [
+    {"prompt_id": name, "epoch": epoch, "policy_version": 3, "consumed_version": 4}
+    for epoch in range(2)
+    for name in "ab"
+]
+
+
+def run(folder: Path, rows: list[dict[str, Any]], weights: bytes = b"weights") -> Path:
+    (folder / "iter_1/policy").mkdir(parents=True)
+    (folder / "iter_1/policy/model.safetensors").write_bytes(weights)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "iter_1/train.parquet")
+    return folder
+
+
+def config(name: str, tmp_path: Path, *overrides: str) -> Config:
+    return load_config(
+        ROOT / f"configs/{name}.yaml", ["schedule.iterations=1", f"run.dir={tmp_path / 'x'}", *overrides]
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "weights", "wrong"),
+    [
+        (SYNC, b"weights", {}),
+        (SYNC[:2], b"weights", {"rows_lost": 1}),
+        ([*SYNC, SYNC[0]], b"weights", {"rows_doubled": 1}),
+        ([*SYNC[:2], SYNC[0]], b"weights", {"rows_lost": 1, "rows_doubled": 1}),
+        ([*SYNC[:2], SYNC[2] | {"loss_weight": 1.1}], b"weights", {"rows_different": 1}),
+        (SYNC[::-1], b"weights", {"rows_different": 2}),
+        (SYNC, b"weightz", {"weights_differ": True}),
+    ],
+)
+def test_a_sync_run_is_compared_row_by_row(
+    tmp_path: Path, rows: list[Any], weights: bytes, wrong: dict[str, int]
+) -> None:
+    undisturbed = run(tmp_path / "undisturbed", SYNC)
+    verdict = chaos.compare(config("tiny_cpu", tmp_path), run(tmp_path / "run", rows, weights), undisturbed)
+    nothing = chaos.Verdict(0, 0, 0, weights_differ=False, beyond_bound=0)
+    assert verdict == chaos.Verdict(**(vars_of(nothing) | wrong))
+    assert verdict.ok == (not wrong)
+
+
+@pytest.mark.parametrize(
+    ("rows", "wrong"),
+    [
+        (ASYNC, {}),
+        (ASYNC[::-1], {}),
+        (ASYNC[1:], {"rows_lost": 1}),
+        ([*ASYNC, ASYNC[0]], {"rows_doubled": 1}),
+        ([*ASYNC[:3], ASYNC[3] | {"policy_version": 2}], {"beyond_bound": 1}),
+        ([*ASYNC[:3], ASYNC[3] | {"policy_version": 5}], {"beyond_bound": 1}),
+    ],
+)
+def test_an_async_run_has_every_prompt_once_an_epoch_within_the_bound(
+    tmp_path: Path, rows: list[Any], wrong: dict[str, int]
+) -> None:
+    streaming = config("tiny_cpu_async", tmp_path, "learner.epochs=2", "schedule.max_staleness=1")
+    verdict = chaos.compare(streaming, run(tmp_path / "run", rows), run(tmp_path / "undisturbed", SYNC[:2]))
+    nothing = chaos.Verdict(0, 0, None, weights_differ=None, beyond_bound=0)
+    assert verdict == chaos.Verdict(**(vars_of(nothing) | wrong))
+    assert verdict.ok == (not wrong)
+
+
+def vars_of(verdict: chaos.Verdict) -> dict[str, Any]:
+    return {name: getattr(verdict, name) for name in verdict.__dataclass_fields__}
+
+
+@pytest.mark.parametrize(
+    ("later", "found"),
+    [
+        ({"judge": (412.0, 50, 30, 7)}, []),  # 3 %
+        ({"judge": (412.1, 50, 30, 7)}, ["judge: MiB grew from 400 to 412.1 at 60 minutes"]),
+        ({"judge": (400.0, 52, 30, 7)}, ["judge: open files grew from 50 to 52 at 60 minutes"]),
+        ({"judge": (400.0, 50, 34, 7)}, []),
+        ({"judge": (400.0, 50, 35, 7)}, ["judge: threads grew from 30 to 35 at 60 minutes"]),
+        ({"judge": (200.0, 20, 10, 8)}, ["judge: is another process at 60 minutes"]),
+        ({}, ["judge: was not there at every reading"]),
+    ],
+)
+def test_what_has_grown_in_an_hour(later: dict[str, Any], found: list[str]) -> None:
+    raylet = {"raylet": (20.0, 90, 33, 1)}  # small: 2 MiB more are not counted
+    readings = {5.0: raylet | {"judge": (400.0, 50, 30, 7)}, 60.0: {"raylet": (22.0, 90, 33, 1)} | later}
+    assert soak._grown(readings, 0.03) == found
+
+
+def test_a_run_that_ends_while_it_is_read_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = SimpleNamespace(poll=lambda: None, returncode=1)
+    monkeypatch.setattr(soak, "read", lambda run: setattr(run, "poll", lambda: 1) or {})
+    with pytest.raises(SystemExit, match=r"ended \(exit code 1\) before the reading at 0 minutes was done"):
+        soak._follow(ended, [0])
+
+
+@pytest.mark.parametrize(
+    ("title", "kind"),
+    [
+        ("ray::RolloutWorker.generate", "rollout"),
+        ("ray::rollout-0:RolloutWorker.__init__", "rollout"),
+        ("ray::judge-10:JudgeWorker.__init__", "judge"),
+        ("ray::buffer:BufferActor.__init__", "buffer"),
+        ("ray::RayTrainWorker", "learner"),
+        ("ray::TrainController", "controller"),
+        ("ray::IDLE", None),
+        ("ray::NotRolloutWorker", None),
+    ],
+)
+def test_the_titles_by_which_victims_are_found(title: str, kind: str | None) -> None:
+    assert [found for found in kills.TITLES if kills.is_title(title, found)] == ([kind] if kind else [])
