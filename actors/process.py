@@ -28,7 +28,8 @@ def environment(gpus: bool, threads: int) -> dict[str, str]:
     arena for every thread, and lets its limit for what goes back at once grow to 32 MiB: with both held, the coordinating
     parts stay at 260 MiB instead of 340 to 400 (scripts/bench/coordinator.py), and a worker keeps nothing of a publish.
     At 1 MiB the gaps that a tiny model's batches leave still grow over an hour (scripts/bench/soak.py): a judge from 385 to 396
-    MiB, a learner rank from 510 to 521. At 512 KiB they hold 384 to 382 and 395 to 401, and such a run on CPU is 7 % slower.
+    MiB, a learner rank from 510 to 521. At 512 KiB they hold 384 to 382 and 395 to 401, and such a run on CPU is 7 % slower;
+    on GPUs neither is measured.
     """
     common = {
         "ARROW_DEFAULT_MEMORY_POOL": "system",  # its own pools keep what they freed: see give_memory_back
