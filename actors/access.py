@@ -53,10 +53,10 @@ def ensure_token() -> None:
 
 
 def close_token() -> None:
-    """To others, if it is in a file of this user's: Ray itself leaves one that everyone can read."""
+    """A file of this user's that everyone can read, as Ray itself leaves it. One that is shared with a group is left alone."""
     path = _token_file()
     with suppress(OSError):  # there is none, or it is on a read-only mount, e.g. of a cluster's secrets
-        if path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077:
+        if path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o007:
             path.chmod(0o600)
 
 
@@ -69,7 +69,8 @@ def stay_on_loopback() -> None:
 
     Ray turns 127.0.0.1 into the machine's address, and its servers listen on what they think is the node's. The switch that
     stops this was made for systems with pop-up firewalls; Ray reads it when it is imported, its child processes when they start.
-    gloo, among the learner's and vLLM's ranks, would listen on what the machine's name stands for.
+    gloo, among the learner's and vLLM's ranks, would listen on what the machine's name stands for; a Ray that starts here hands
+    its variable on.
     """
     os.environ[LOOPBACK_ONLY] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False

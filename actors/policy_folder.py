@@ -51,9 +51,8 @@ def write_policy(
 
 def _begin(folder: Path, temporary: Path, source: Path, dtype: str) -> None:
     make_folder(temporary.parent)
-    for left in temporary.parent.glob(
-        f".{folder.name}.*.tmp"
-    ):  # of this try before the disk was full; of a rank that was killed
+    # Of an earlier try on a full disk, or of a rank that was killed.
+    for left in temporary.parent.glob(f".{folder.name}.*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()
     _copy_small_files(source, temporary, dtype)

@@ -42,13 +42,13 @@ class Ranks:
     wait here for as long as an iteration is being sampled, which may be longer than any time-out meant for gradients.
 
     gloo asks nobody who he is, and the objects are pickles: what arrives is unpickled only if it carries a tag (HMAC-SHA256) made
-    with a key that the ranks have from Ray, for this very turn and rank.
+    with a key that the ranks have from Ray, for this very rank and turn since they were started.
     """
 
     rank: int
     world: int
     group: Any
-    key: bytes
+    key: bytes = field(repr=False)
     way: Way = field(default_factory=Way)
     _turns: Iterator[int] = field(default_factory=itertools.count)
 

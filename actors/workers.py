@@ -19,9 +19,10 @@ from sppo_ray.ledger import LedgerDamaged
 from sppo_ray.protocols import Handle
 from sppo_ray.types import Prompt, Receipt
 
-# A call that was with three workers when they died, where possible on different nodes, is taken for the cause of it, unless they
-# had finished others since they got it: then something else killed them, and the call may have waited all the time.
-ATTEMPTS = 3
+# A call is taken for the cause of its workers' deaths, where possible on different nodes, after so many in which the worker had
+# finished no other call since it got this one: it may have waited in a queue all the time. The second bounds what a call costs
+# that does kill its workers, but not before they have finished others.
+ALONE, IN_ALL = 3, 12
 
 
 class Workers:
@@ -63,8 +64,8 @@ class Workers:
         self._watch_over()
         first: tuple[str, BaseException] | None = None  # the worker that was lost first, and why
         ill: set[str | None] = set()  # nodes on which one died: the others there may be dead, too
-        died_of_it = 0
-        while died_of_it < ATTEMPTS:
+        alone = deaths = 0
+        while alone < ALONE and deaths < IN_ALL:
             worker = await self._least_loaded(ill)
             handle, done = worker.handle, worker.done
             try:
@@ -80,7 +81,8 @@ class Workers:
                 self.revival.lost(worker, handle, error)
                 first = first or (worker.name, worker.cause or error)
                 ill.add(_node(worker))
-                died_of_it += worker.done == done
+                deaths += 1
+                alone += worker.done == done
             except ObjectLostError as error:
                 raise _lost_group(method, args, error) from error
             except RayError as error:
@@ -91,8 +93,8 @@ class Workers:
         assert first is not None
         name, cause = first
         raise WorkerFailed(
-            f"{name}: the actor died in {method}{_of_prompt(args)}, and so did those that it was given to next: attempt "
-            f"{ATTEMPTS} of {ATTEMPTS}. First cause: {describe(cause)}. {log_of(name)}"
+            f"{name}: the actor died in {method}{_of_prompt(args)}, and so did those that it was given to next, {deaths} in all. "
+            f"First cause: {describe(cause)}. {log_of(name)}"
         ) from cause
 
     async def _least_loaded(self, ill: Collection[str | None] = ()) -> Worker:

@@ -1,6 +1,6 @@
 """Kills the processes of a run, one after the other, by a seeded script, and compares what it made with an undisturbed run.
-The kills are spread over the work: sampling, training, publishing, evaluating, and one in four over whatever the run is at,
-mostly starting.
+The kills are spread over the work: sampling, training, publishing, evaluating; one in five comes at once when
+it is due, be the run starting again from the one before.
 
     python scripts/bench/chaos.py --kills 100 --out runs/chaos                     # sync: the same tables and weights?
     python scripts/bench/chaos.py --kills 100 --config configs/tiny_cpu_async.yaml # async: bound held, each prompt once?

@@ -3,10 +3,10 @@ every process and the object store, read at 5, 30 and 60 minutes.
 
     python scripts/bench/soak.py --minutes 5 30 60 --out runs/soak
 
-Exit code 1 if something has grown by more than --slack since the first reading (memory: and by 2 MiB; threads: and by 4, which
+Exit code 1 if something has grown by more than --slack since the first reading (memory: and by 2 MiB; threads: and by 4, as
 pools of gRPC and Arrow do on two cores: they get their next thread whenever more comes at once than before, up to a size of their
-own, larger on more cores; a leak of one an iteration would add some 70), if a process is not the one it was (one that died of its leak
-would come back small), or if the run ends by itself.
+own, so on more cores a few more may be no leak; one thread an iteration would make some 70), if a process is not the one it was
+(one that died of its leak would come back small), or if the run ends by itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import re
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -57,8 +56,8 @@ def main() -> None:
         try:
             readings = _follow(run, sorted(options.minutes))
         finally:
-            run.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(psutil.Error):  # it has ended, or does not in that time
+                run.terminate()
                 run.wait(120)
     _show(readings)
     grown = _grown(readings, options.slack)

@@ -119,7 +119,7 @@ async def test_a_call_that_kills_every_worker_ends(config: Config, hub: Any) -> 
 
     pool = RolloutPool(config, {"mortal": create("mortal")}, hub, create=create)
     await pool.ready()
-    cause = r"^mortal: the actor died in generate of prompt 'p', .* attempt 3 of 3\. .* died unexpectedly .*logs/mortal\.log"
+    cause = r"^mortal: the actor died in generate of prompt 'p', .* 3 in all\. .* died unexpectedly .*logs/mortal\.log"
     with pytest.raises(WorkerFailed, match=cause):
         await pool.generate(PROMPT, sampling(13), 1)
     assert (await pool.generate(PROMPT, sampling(1), 1)).receipt.worker == "mortal"

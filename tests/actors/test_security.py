@@ -18,8 +18,9 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+import ray
 
-from actors import access
+from actors import access, cluster
 from sppo_ray.errors import ConfigError
 from tests.actors.job_runs import LIMIT_S, PLANTED, ROOT, answers, free_port, train, wait_for
 
@@ -106,11 +107,23 @@ def test_a_writer_that_was_killed_leaves_no_token_of_half(tmp_path: Path, monkey
     path.chmod(0o644)  # as Ray itself makes one
     access.ensure_token()
     assert (path.read_text(), path.stat().st_mode & 0o777) == (token, 0o600)
-    path.chmod(0o640)
-    access.close_token()  # as before a cluster is joined
-    assert (path.read_text(), path.stat().st_mode & 0o777) == (token, 0o600)
-    path.unlink()
+    path.chmod(0o640)  # of several who use one cluster
     access.close_token()
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_token_that_everyone_can_read_is_closed_before_a_cluster_is_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    path = tmp_path / "auth_token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    if there:
+        path.touch(mode=0o644)
+    modes = []
+    monkeypatch.setattr(ray, "init", lambda *_, **__: modes.append(path.stat().st_mode & 0o777 if there else None))
+    cluster._join("127.0.0.1:6379", "a-run")
+    assert modes == [0o600 if there else None]
 
 
 def test_a_token_that_cannot_be_kept_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

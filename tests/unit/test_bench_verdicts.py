@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,7 +61,7 @@ def test_a_sync_run_is_compared_row_by_row(
     undisturbed = run(tmp_path / "undisturbed", SYNC)
     verdict = chaos.compare(config("tiny_cpu", tmp_path), run(tmp_path / "run", rows, weights), undisturbed)
     nothing = chaos.Verdict(0, 0, 0, weights_differ=False, beyond_bound=0)
-    assert verdict == chaos.Verdict(**(vars_of(nothing) | wrong))
+    assert verdict == replace(nothing, **wrong)
     assert verdict.ok == (not wrong)
 
 
@@ -81,12 +82,8 @@ def test_an_async_run_has_every_prompt_once_an_epoch_within_the_bound(
     streaming = config("tiny_cpu_async", tmp_path, "learner.epochs=2", "schedule.max_staleness=1")
     verdict = chaos.compare(streaming, run(tmp_path / "run", rows), run(tmp_path / "undisturbed", SYNC[:2]))
     nothing = chaos.Verdict(0, 0, None, weights_differ=None, beyond_bound=0)
-    assert verdict == chaos.Verdict(**(vars_of(nothing) | wrong))
+    assert verdict == replace(nothing, **wrong)
     assert verdict.ok == (not wrong)
-
-
-def vars_of(verdict: chaos.Verdict) -> dict[str, Any]:
-    return {name: getattr(verdict, name) for name in verdict.__dataclass_fields__}
 
 
 @pytest.mark.parametrize(

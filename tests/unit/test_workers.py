@@ -69,7 +69,7 @@ def test_a_finished_call_makes_up_for_the_deaths_before_it() -> None:
 
 
 def test_a_long_call_is_not_blamed_for_deaths_of_workers_that_finish_others() -> None:
-    """As of a queue of held-out prompts, the last of which meets every death of its worker."""
+    """Like the last of a queue of held-out prompts, which meets every death of its worker."""
 
     async def start(actor: Actor) -> None:
         if actor.number < 5:
@@ -86,6 +86,28 @@ def test_a_long_call_is_not_blamed_for_deaths_of_workers_that_finish_others() ->
         while not last.done():
             await workers.call("score", 0.75)
         assert last.result() == 5
+
+    run_virtual(job())
+
+
+def test_a_call_that_kills_its_workers_is_found_among_others_that_they_finish() -> None:
+    async def work(actor: Actor, method: str, seconds: float) -> int:
+        await asyncio.sleep(seconds)
+        if seconds == 2.0:
+            actor.die("killed by signal 11")
+            await asyncio.sleep(1)
+        return actor.number
+
+    async def job() -> None:
+        workers = workers_on(Stage(work), max_restarts=1)
+        await workers.started(workers.all[0])
+        deadly = asyncio.create_task(workers.call("score", 2.0))
+        while not deadly.done():
+            await workers.call("score", 0.75)
+        with pytest.raises(
+            WorkerFailed, match=r"died in score, .* 12 in all\. First cause: RayActorError: killed by signal 11"
+        ):
+            deadly.result()
 
     run_virtual(job())
 
