@@ -142,7 +142,8 @@ class VllmEngine(ABC):
             return await asyncio.gather(*tasks)
         finally:  # when one fails, the others must not run on outside the gate
             for task in tasks:
-                task.cancel()
+                if not task.cancelling():  # a second one would cut short its taking the request out of vLLM
+                    task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def update_weights(self, version: int, chunks: Chunks) -> None:

@@ -31,9 +31,7 @@ TITLES = {
 }
 KINDS = (*TITLES, "driver", "power")
 LAST_KILL = 0.95  # of the work; later ones would often meet the end of the run
-AT_ONCE = (
-    0.25  # of the kills that may come whatever the run is at; before the others it has begun again to do something
-)
+AT_ONCE = 0.25  # of the kills that may come whatever the run is at; others wait until it does something again
 LIMIT_S = 900  # for a run to have a victim of the kind that is due, and to end after the last kill
 
 

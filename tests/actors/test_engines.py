@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +52,7 @@ class FakeLLM:
         )
 
     def abort_request(self, names: list[str]) -> None:
+        time.sleep(0.05)  # that nobody waits for it must not go unseen
         self.calls.append("abort")
         for name in names:
             self.running.pop(name, None)

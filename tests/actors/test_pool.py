@@ -1,6 +1,6 @@
 """Pools over cheap actors: dispatch, the words of a failure, deaths, rolling updates, time limits, workers that leave.
 
-What the driver makes of deaths in a row (tests/unit/test_workers.py) and of hanging (test_hung_workers.py) is tested in virtual time.
+Deaths in a row (tests/unit/test_workers.py, test_blame.py) and hanging (test_hung_workers.py) are tested in virtual time.
 """
 
 from __future__ import annotations

@@ -50,68 +50,6 @@ def test_a_crash_loop_is_slowed_down_and_ends_with_its_first_cause() -> None:
     run_virtual(job())
 
 
-def test_a_finished_call_makes_up_for_the_deaths_before_it() -> None:
-    """Each process finishes one call and dies of the next, far more often than max_restarts."""
-
-    async def work(actor: Actor, *_: Any) -> int:
-        if len(actor.calls) > 2:
-            actor.die("tired")
-        await asyncio.sleep(1)
-        return actor.number
-
-    async def job() -> None:
-        stage = Stage(work)
-        workers = workers_on(stage, max_restarts=1)
-        await workers.started(workers.all[0])
-        assert [await workers.call("score") for _ in range(12)] == list(range(12))
-
-    run_virtual(job())
-
-
-def test_a_long_call_is_not_blamed_for_deaths_of_workers_that_finish_others() -> None:
-    """Like the last of a queue of held-out prompts, which meets every death of its worker."""
-
-    async def start(actor: Actor) -> None:
-        if actor.number < 5:
-            asyncio.get_running_loop().call_later(2.0, actor.die, "preempted")
-
-    async def work(actor: Actor, method: str, seconds: float) -> int:
-        await asyncio.sleep(seconds)
-        return actor.number
-
-    async def job() -> None:
-        workers = workers_on(Stage(work, start), max_restarts=1)
-        await workers.started(workers.all[0])
-        last = asyncio.create_task(workers.call("score", 10.0))
-        while not last.done():
-            await workers.call("score", 0.75)
-        assert last.result() == 5
-
-    run_virtual(job())
-
-
-def test_a_call_that_kills_its_workers_is_found_among_others_that_they_finish() -> None:
-    async def work(actor: Actor, method: str, seconds: float) -> int:
-        await asyncio.sleep(seconds)
-        if seconds == 2.0:
-            actor.die("killed by signal 11")
-            await asyncio.sleep(1)
-        return actor.number
-
-    async def job() -> None:
-        workers = workers_on(Stage(work), max_restarts=1)
-        await workers.started(workers.all[0])
-        deadly = asyncio.create_task(workers.call("score", 2.0))
-        while not deadly.done():
-            await workers.call("score", 0.75)
-        with pytest.raises(
-            WorkerFailed, match=r"died in score, .* 12 in all\. First cause: RayActorError: killed by signal 11"
-        ):
-            deadly.result()
-
-    run_virtual(job())
-
-
 def test_a_worker_that_ray_ended_for_its_memory_is_started_again() -> None:
     async def work(actor: Actor, *_: Any) -> int:
         if actor.number == 0:
@@ -224,27 +162,6 @@ def test_a_worker_that_dies_at_its_first_start_has_the_whole_limit_again() -> No
         await workers.started(workers.all[0])
         assert workers.all[0].place == Place("node of w", 1)
         assert now() == 800 + 800 + 800  # it died, it came back, it was asked
-
-    run_virtual(job())
-
-
-def test_a_call_that_kills_whoever_takes_it_ends_with_its_prompt_and_the_first_cause() -> None:
-    async def work(actor: Actor, method: str, what: Any) -> Any:
-        if what.prompt_id == "poison":
-            actor.die(f"end {actor.number}")
-        await asyncio.sleep(1)
-        return what
-
-    async def job() -> None:
-        stage = Stage(work)
-        workers = workers_on(stage)
-        with pytest.raises(
-            WorkerFailed, match=r"^w: .* in generate of prompt 'poison'.*First cause: .*end 0\. .*w\.log"
-        ):
-            await workers.call_for_receipt("generate", receipt("poison"))
-        assert len(stage.actors) == 3
-        handle = await workers.call_for_receipt("generate", receipt("harmless"))
-        assert handle.receipt.prompt_id == "harmless"
 
     run_virtual(job())
 
