@@ -33,7 +33,7 @@ REMEDY = (
 def ensure_token() -> None:
     """A local ray.init() switches token authentication on unless told otherwise, and makes a token readable by everyone on
     the machine if there is none: so make it first, for this user alone. Raises ConfigError where it cannot be kept."""
-    if os.environ.get("RAY_AUTH_MODE", "token") != "token" or "RAY_AUTH_TOKEN" in os.environ:
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token" or os.environ.get("RAY_AUTH_TOKEN"):
         return
     path = _token_file()
     try:
@@ -56,12 +56,13 @@ def close_token() -> None:
     """A file of this user's that everyone can read, as Ray itself leaves it. One that is shared with a group is left alone."""
     path = _token_file()
     with suppress(OSError):  # there is none, or it is on a read-only mount, e.g. of a cluster's secrets
-        if path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o007:
+        if path.is_file() and path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o007:
             path.chmod(0o600)
 
 
 def _token_file() -> Path:
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    """Ray takes an empty variable for none, and so for its default."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
 def stay_on_loopback() -> None:

@@ -27,7 +27,7 @@ from actors.cleaner import use_ending_cleaner
 from actors.learner_failures import NAME, FirstCause, Teller, describe_failure
 from actors.process import assignment, begin, environment
 from actors.rank_pulse import Member, Watchman, start_pulse
-from actors.ranks import Ranks, Way
+from actors.ranks import Ranks, Way, key_of
 from actors.train_reports import place, report
 from sppo_ray.config import Config
 from sppo_ray.errors import LearnerError, WorkerDied
@@ -77,7 +77,8 @@ def _loop(config: Config, buffer: Any, hub: Any, watcher: Any, takes_turns: bool
     from actors.trainer_engine import TrainingEngine
 
     way.at("joining the other ranks")
-    ranks = replace(Ranks.join(ray.get(watcher.ranks_key.remote())), way=way)
+    group = ray.get_runtime_context().get_placement_group_id()
+    ranks = replace(Ranks.join(ray.get(watcher.ranks_key.remote(group))), way=way)
     ranks.way.at("waiting for the buffer", limited=False)
     start = ranks.broadcast(ray.get(buffer.resume_point.remote()) if ranks.first else None)
     source = local_folder(start.policy_dir)
@@ -196,7 +197,7 @@ class LearnerActor:
         self._ranks = f"{layout.learner.workers} ranks on {'gpu' if layout.learner.gpus else 'cpu'}"
         begin(config.run.dir, NAME)
         self._watchman, self._cause = Watchman(config.learner.timeout_s, config.run.dir), FirstCause()
-        self._buffer, self._ranks_key = buffer, secrets.token_bytes(32)
+        self._buffer, self._ranks_secret = buffer, secrets.token_bytes(32)
         # Ray Train ends ranks that do not answer, but names none: not before the watchman has.
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.learner.timeout_s + COLLECTIVE_GRACE_S)
         os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(POLL_S)
@@ -211,9 +212,9 @@ class LearnerActor:
         """Where its process is: that it is there."""
         return stacks.here()
 
-    async def ranks_key(self) -> bytes:
-        """That of the ranks' messages to each other (actors/ranks.py)."""
-        return self._ranks_key
+    async def ranks_key(self, group: str) -> bytes:
+        """That of the ranks' messages to each other. group: a name for all that were started together, as in `Member`."""
+        return key_of(self._ranks_secret, group)
 
     async def beat(self, member: Member, place: Place) -> None:
         """A rank's sign of life."""

@@ -77,7 +77,8 @@ class Gate:
     def end_all(self, error: Exception) -> None:
         """Cancel the work inside, but for what must finish; each `run` raises `error` when its work has ended."""
         for one in self._inside:
-            if not one.must_finish and one.task.cancel():
+            # One that was told before is taking its requests out of vLLM, which a second cancellation would cut short.
+            if not one.must_finish and not one.task.cancelling() and one.task.cancel():
                 one.ended_by = error
 
 

@@ -42,7 +42,7 @@ class Ranks:
     wait here for as long as an iteration is being sampled, which may be longer than any time-out meant for gradients.
 
     gloo asks nobody who he is, and the objects are pickles: what arrives is unpickled only if it carries a tag (HMAC-SHA256) made
-    with a key that the ranks have from Ray, for this very rank and turn since they were started.
+    with a key that the ranks have from Ray (`key_of`), for this very rank and turn.
     """
 
     rank: int
@@ -54,7 +54,7 @@ class Ranks:
 
     @classmethod
     def join(cls, key: bytes) -> Ranks:
-        """Collective. The default process group must exist. key: the same on all ranks, and known to nobody else."""
+        """Collective. The default process group must exist. key: of this start, and known to nobody else."""
         group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
         return cls(dist.get_rank(), dist.get_world_size(), group, key)
 
@@ -108,6 +108,11 @@ class Ranks:
 
     def _tag(self, turn: int, rank: int, data: bytes) -> bytes:
         return hmac.digest(self.key, b"%d %d " % (turn, rank) + data, "sha256")
+
+
+def key_of(secret: bytes, group: str) -> bytes:
+    """The key of the ranks that were started together as `group`: what those before them said is not theirs."""
+    return hmac.digest(secret, group.encode(), "sha256")
 
 
 def _tensor(data: bytes, size: int) -> torch.Tensor:

@@ -64,7 +64,7 @@ class Workers:
         self._watch_over()
         first: tuple[str, BaseException] | None = None  # the worker that was lost first, and why
         ill: set[str | None] = set()  # nodes on which one died: the others there may be dead, too
-        alone = deaths = 0
+        alone = deaths = others = 0
         while alone < ALONE and deaths < IN_ALL:
             worker = await self._least_loaded(ill)
             handle, done = worker.handle, worker.done
@@ -78,6 +78,7 @@ class Workers:
                     raise _lost_group(method, args, error.cause) from error
                 raise failure(worker.name, error) from error
             except DEATHS as error:
+                others = worker.load
                 self.revival.lost(worker, handle, error)
                 first = first or (worker.name, worker.cause or error)
                 ill.add(_node(worker))
@@ -93,8 +94,8 @@ class Workers:
         assert first is not None
         name, cause = first
         raise WorkerFailed(
-            f"{name}: the actor died in {method}{_of_prompt(args)}, and so did those that it was given to next, {deaths} in all. "
-            f"First cause: {describe(cause)}. {log_of(name)}"
+            f"{name}: the actor died in {method}{_of_prompt(args)}, and so did those that it was given to next, {deaths} in all"
+            f"{_beside(others)}. First cause: {describe(cause)}. {log_of(name)}"
         ) from cause
 
     async def _least_loaded(self, ill: Collection[str | None] = ()) -> Worker:
@@ -213,6 +214,10 @@ class Workers:
 
 def _node(worker: Worker) -> str | None:
     return worker.place.node_id if worker.place else None
+
+
+def _beside(others: int) -> str:
+    return f" (other calls that the last of them had, and may have died of: {others})" if others else ""
 
 
 def _of_prompt(args: tuple[Any, ...]) -> str:

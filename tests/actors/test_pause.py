@@ -274,3 +274,23 @@ async def test_a_cancelled_caller_is_not_told_that_its_group_was_aborted() -> No
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
+
+
+async def test_work_that_is_ended_twice_has_the_time_to_leave() -> None:
+    gate, left = Gate(), []
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(10)
+        finally:
+            await asyncio.sleep(0.05)  # as vLLM takes a request out
+            left.append(True)
+
+    running = asyncio.create_task(gate.run(work()))
+    await asyncio.sleep(0.01)
+    for which in ("first", "second"):
+        gate.end_all(GroupAborted(f"by the {which} update"))
+        await asyncio.sleep(0.01)
+    with pytest.raises(GroupAborted, match="first"):
+        await running
+    assert left

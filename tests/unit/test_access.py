@@ -37,6 +37,22 @@ def test_a_writer_that_was_killed_leaves_no_token_of_half(tmp_path: Path, monkey
     assert path.stat().st_mode & 0o777 == 0o640
 
 
+def test_empty_variables_are_none_as_for_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compose files and CI leave such."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    access.close_token()
+    access.ensure_token()
+    assert len((tmp_path / ".ray/auth_token").read_text()) == 64
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path))
+    access.close_token()
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_token_that_everyone_can_read_is_closed_before_a_cluster_is_joined(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool

@@ -69,9 +69,28 @@ def test_a_call_that_kills_its_workers_is_found_among_others_that_they_finish() 
         while not deadly.done():
             await workers.call("score", 0.75)
         with pytest.raises(
-            WorkerFailed, match=r"died in score, .* 12 in all\. First cause: RayActorError: killed by signal 11"
+            WorkerFailed, match=r"died in score, .* 12 in all .*First cause: RayActorError: killed by signal 11"
         ):
             deadly.result()
+
+    run_virtual(job())
+
+
+def test_calls_that_die_together_are_all_under_suspicion() -> None:
+    async def work(actor: Actor, *_: Any) -> None:
+        await asyncio.sleep(1)
+        actor.die("killed by signal 11")
+        await asyncio.sleep(1)
+
+    async def job() -> None:
+        workers = workers_on(Stage(work))
+        both = [asyncio.create_task(workers.call("score")) for _ in range(2)]
+        with pytest.raises(
+            WorkerFailed, match=r"3 in all \(other calls that the last of them had, and may have died of: 1\)"
+        ):
+            await asyncio.wait_for(both[0], 60)
+        with pytest.raises(WorkerFailed):
+            await both[1]
 
     run_virtual(job())
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from actors.ranks import Ranks
+from actors.ranks import Ranks, key_of
 
 KEY = b"of these ranks"
 
@@ -86,6 +86,12 @@ def test_what_does_not_carry_the_key_is_not_unpickled(tmp_path: Path) -> None:
 def test_a_message_of_another_turn_or_rank_is_refused(turn: int, rank: int) -> None:
     with pytest.raises(RuntimeError, match="did not send"):
         alone()._opened(3, 1, message(alone(rank=rank), turn, "old"))
+
+
+def test_a_message_of_ranks_that_were_started_before_is_refused() -> None:
+    before, now = alone(key_of(KEY, "a placement group"), rank=1), alone(key_of(KEY, "the next"))
+    with pytest.raises(RuntimeError, match="did not send"):
+        now._opened(3, 1, message(before, 3, "old"))
 
 
 @pytest.mark.parametrize("place", [0, 31, 32, -1])

@@ -29,7 +29,8 @@ FORBIDDEN = {
 }
 # In whatever module or object they are looked for: they unpickle.
 UNPICKLING = {
-    "Unpickler", "broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "recv_object_list",
+    "Unpickler", "read_pickle",
+    "broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "recv_object_list",
 }  # fmt: skip
 PICKLES = {"pickle", "cloudpickle", "joblib", "dill"}
 # What carries the key of the ranks, and nothing else: tests/unit/test_ranks.py.
@@ -42,7 +43,9 @@ def unsafe_calls(source: str) -> Iterator[str]:
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     safe_loaders = {node.name for node in classes if [ast.unparse(base) for base in node.bases] == ["yaml.SafeLoader"]}
     for node in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-        name, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+        name = ast.unparse(node.func)
+        name = ".".join(name.split(".")[-2:])  # ray.cloudpickle.loads, too
+        given = {word.arg: ast.unparse(word.value) for word in node.keywords}
         loader = given.get("Loader") or (ast.unparse(node.args[1]) if len(node.args) > 1 else None)
         allowed = (
             (name == "torch.load" and given.get("weights_only") == "True")
@@ -87,6 +90,8 @@ def test_no_unsafe_call(package: str) -> None:
         ("class L(yaml.SafeLoader): pass\nyaml.load(text, L)", False),
         ("yaml.safe_load(text)", False),
         ("pickle.loads(data)", True),
+        ("ray.cloudpickle.loads(data)", True),
+        ("pd.read_pickle(path)", True),
         ("pickle.dumps(data)", False),
         ("pickle.Unpickler(file).load()", True),
         ("from pickle import loads", True),
