@@ -7,7 +7,7 @@ if [ $# -eq 0 ]; then
     ruff check .
     ruff format --check .
     mypy
-    echo "test: about 15 minutes on two cores; the slow tests come first; those in tests/gpu are skipped where there is no GPU"
+    echo "test: 15 to 20 minutes on two cores; the slow tests come first; those in tests/gpu are skipped where there is no GPU"
     # Two processes, each a file at a time: most of a test's time is waiting for others to start. In our order: slow ones first.
     exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 fi
