@@ -1,4 +1,5 @@
-"""vLLM behind one protocol: `InProcessEngine` (CPU; the engine in the actor's own process) and `AsyncEngine` (GPU)."""
+"""vLLM behind one protocol: `InProcessEngine` (on CPU; the engine in the actor's own process) and `AsyncEngine` (on GPUs, or
+where the config asks for it)."""
 
 from __future__ import annotations
 
@@ -31,11 +32,10 @@ __all__ = ["AsyncEngine", "Engine", "EngineDied", "InProcessEngine", "engine_arg
 def start_engine(config: Config, model_path: str, version: int) -> Engine:
     """The engine `rollout.engine` asks for, serving the folder `model_path` as `version`. Takes seconds to minutes."""
     on_gpu = config.cluster.gpus > 0
-    kind = config.rollout.engine
     # vLLM stops at the EOS of generation_config; a template may end a turn with another token (<|eot_id|>, <|im_end|>).
     tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=config.policy.trust_remote_code)
     stop_ids = encoder_of(tokenizer).stop_ids
-    if kind == "async" or (kind == "auto" and on_gpu):
+    if config.engine_apart:
         return AsyncEngine(engine_arguments(config, model_path), version, on_gpu, stop_ids, config.weights.pause)
     return InProcessEngine(engine_arguments(config, model_path), version, on_gpu, stop_ids, config.weights.pause)
 

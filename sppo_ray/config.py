@@ -89,7 +89,7 @@ class Rollout(Section):
     seeds: Literal["derived", "reference"] = "derived"
     """derived: from (run seed, iteration, prompt id, k). reference: 0, 50, 100, ... for every prompt, as in the authors' scripts."""
     engine: Literal["auto", "inprocess", "async"] = "auto"
-    """vLLM's engine: in the actor's own process (CPU), AsyncLLM (GPU), or by device."""
+    """vLLM's engine: in the actor's own process (as on CPU), AsyncLLM with a process of its own (as on GPUs), or by device."""
     max_model_len: int | None = Field(None, ge=8)
     """Engine context in tokens; null: the policy's own."""
     max_num_seqs: int = Field(256, ge=1)
@@ -273,6 +273,11 @@ class Config(Section):
     buffer: Buffer = Buffer()
     cluster: Cluster = Cluster()
     evaluation: Evaluation = Evaluation()
+
+    @property
+    def engine_apart(self) -> bool:
+        """Whether vLLM's engine has a process of its own beside its rollout worker's."""
+        return self.rollout.engine == "async" or (self.rollout.engine == "auto" and self.cluster.gpus > 0)
 
     @property
     def publish_every(self) -> int | Literal["slice"]:

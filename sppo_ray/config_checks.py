@@ -10,9 +10,7 @@ if TYPE_CHECKING:
 
 def refuse_contradictions(config: Config) -> None:
     """Raise ValueError, naming keys, values and the remedy, where two values cannot both hold."""
-    data, rollout, learner, objective, cluster = (
-        config.data, config.rollout, config.learner, config.objective, config.cluster,
-    )  # fmt: skip
+    data, learner, objective, cluster = config.data, config.learner, config.objective, config.cluster
     (_refuse_for_async if config.schedule.mode == "async" else _refuse_for_sync)(config)
     if data.splits is not None and len(data.splits) != config.schedule.iterations:
         raise ValueError(
@@ -41,8 +39,6 @@ def refuse_contradictions(config: Config) -> None:
         raise ValueError(
             f"cluster.layout={cluster.layout} says how roles share GPUs but cluster.gpus=0: set cluster.layout=auto."
         )
-    if cluster.gpus == 0 and rollout.engine == "async":
-        raise ValueError("rollout.engine=async needs a GPU but cluster.gpus=0: set rollout.engine=auto.")
     if config.run.storage_patience_s >= learner.timeout_s:
         raise ValueError(
             f"run.storage_patience_s={config.run.storage_patience_s:g} is not below learner.timeout_s={learner.timeout_s:g}: "

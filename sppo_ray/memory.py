@@ -191,6 +191,8 @@ def host_parts(config: Config, layout: Layout, policy: ModelShape, judge: ModelS
     engine = sum(part.gib for part in engine_parts(config, policy))
     learner = sum(part.gib for part in (*learner_state(config, policy), *learner_work(config, policy)))
     processes = layout.rollout.workers + layout.learner.workers + layout.judge.workers
+    if config.engine_apart:
+        processes += layout.rollout.workers  # the engines' own
     return (
         published,
         packing,

@@ -92,8 +92,6 @@ async def engine(
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment(gpus=False, threads=1).items():
             patch.setenv(name, value)
-        if request.param is AsyncEngine:
-            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # its core in a process of its own, as on GPUs
         made = request.param(arguments, 0, can_sleep=False, stop_ids=stop_ids)
         await versions.load_next(made)
         yield made

@@ -260,7 +260,7 @@ async def test_a_worker_whose_engine_core_is_killed_is_replaced(
     )
 
     def create(name: str) -> Any:
-        return start_worker(name, config, policy, serving.version, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+        return start_worker(name, config, policy, serving.version)
 
     pool = RolloutPool(config, {"rollout-async": create("rollout-async")}, serving.hub, create=create)
     before = await groups(pool, prompts, list(range(len(prompts))))

@@ -52,9 +52,9 @@ async def test_published_weights_equal_a_fresh_engine_on_them(
     for file in policy.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    rollout = serving.config.rollout.model_copy(update={"engine": "async"})  # the config refuses it on CPU; tests may
+    rollout = serving.config.rollout.model_copy(update={"engine": "async"})
     config = serving.config.model_copy(update={"rollout": rollout})
-    fresh = start_worker("fresh", config, tmp_path, 10**6, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    fresh = start_worker("fresh", config, tmp_path, 10**6)
     fresh_pool = RolloutPool(config, {"fresh": fresh}, serving.hub)
 
     checksum = serving.publish(weights)

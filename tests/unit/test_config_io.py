@@ -76,7 +76,6 @@ def test_dump_is_read_back_equal(write, tmp_path):
         (["learner.epochs=20"], ["learner.schedule_epochs=18", "learner.epochs=20"]),
         (["learner.num_workers=65"], ["learner.num_workers=65", "learner.batch_size=64"]),
         (["policy.dtype=float16"], ["float16", "cluster.gpus=0"]),
-        (["rollout.engine=async"], ["rollout.engine=async", "cluster.gpus=0"]),
         (["fidelity=exact"], ["fidelity='exact'", "reference_code"]),
         (["rollout"], ["'rollout'", "key.path=value"]),
         (["rollout.temperature.x=1"], ["'rollout.temperature.x=1'", "two parts, section and name"]),

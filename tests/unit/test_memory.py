@@ -175,6 +175,8 @@ def test_cpu_has_host_memory_only() -> None:
     host = by_label(memory.host)
     assert host["rollout workers"] == pytest.approx(2 * (13.489 + 0.0625), abs=1e-2)
     assert host["5 processes at 0.7 GiB"] == pytest.approx(3.5)
+    apart = gpu_config(0, (2, 2, 1), sections={"rollout": {"max_model_len": 256, "engine": "async"}})
+    assert "7 processes at 0.7 GiB" in by_label(estimate(apart).host)  # an engine's own beside each rollout worker
     assert memory.kv_tokens == 512  # 64 MiB at 128 KiB
 
 
