@@ -2,7 +2,8 @@
 # Known vulnerabilities of the pinned packages (pip-audit over requirements/cpu.lock). Exit code 0: none but the accepted ones of
 # requirements/audit_ignore.txt; 1: others, listed with the versions that fix them; 2: the audit could not be made.
 #
-# Needs an index that has pip-audit, and one of the two databases: SPPO_AUDIT_SERVICE=pypi (pypi.org, default) or osv (api.osv.dev).
+# Needs an index that has pip-audit, and a database: SPPO_AUDIT_SERVICE=pypi (pypi.org, default) or osv (api.osv.dev, or a mirror of it
+# at SPPO_AUDIT_OSV_URL).
 # pip-audit goes into a temporary environment, so that it and what it needs are not part of what is audited.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,7 +29,7 @@ trap 'rm -rf "$work"' EXIT
 
 echo "audit: $(grep -c == "$work/packages.txt") packages, ${#ids[@]} accepted findings"
 "$work/venv/bin/pip-audit" --requirement "$work/packages.txt" --no-deps --disable-pip --strict --progress-spinner off \
-    --vulnerability-service "${SPPO_AUDIT_SERVICE:-pypi}" "${ids[@]/#/--ignore-vuln=}" --output "$work/findings.txt" && exit 0
+    --vulnerability-service "${SPPO_AUDIT_SERVICE:-pypi}" ${SPPO_AUDIT_OSV_URL:+--osv-url "$SPPO_AUDIT_OSV_URL"} "${ids[@]/#/--ignore-vuln=}" --output "$work/findings.txt" && exit 0
 # pip-audit exits with 1 for findings and for its own failures; only findings make a report.
 [ -s "$work/findings.txt" ] || { echo "audit: could not be made, see above" >&2; exit 2; }
 cat "$work/findings.txt"
