@@ -2,12 +2,14 @@
 The kills are spread over the work: sampling, training, publishing, evaluating; one in five comes at once when
 it is due, be the run starting again from the one before.
 
-    python scripts/bench/chaos.py --kills 100 --out runs/chaos                     # sync: the same tables and weights?
-    python scripts/bench/chaos.py --kills 100 --config configs/tiny_cpu_async.yaml # async: bound held, each prompt once?
+    python scripts/bench/chaos.py --kills 100 --nodes 2 rollout.engine=async       # sync: the same tables and weights?
+    python scripts/bench/chaos.py --kills 100 --nodes 2 --config configs/tiny_cpu_async.yaml rollout.engine=async
+                                                                                   # async: bound held, each prompt once?
 
 Kinds: rollout, judge, buffer, weights (the hub), learner (a rank), controller (of the learner), driver, power (everything at
-once). After driver and power the run is gone on with by `sppo train --resume run.dir=...`. Exit code 1 if a row is lost, doubled or
-different. When a run ends before all kills are done, another one gets those that are left.
+once); with rollout.engine=async, engine (vLLM's process under a rollout worker); with --nodes 2, node (the one without the driver,
+with all that is on it; another joins). After driver and power the run is gone on with by `sppo train --resume run.dir=...`. Exit
+code 1 if a row is lost, doubled or different. When a run ends before all kills are done, another one gets those that are left.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from kills import KINDS, Killed, Run, Work, disturb
+from kills import Killed, Run, Work, disturb, kinds_of
+from nodes import TwoNodes
 from rich.console import Console
 from rich.table import Table
 
@@ -95,17 +100,18 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--config", type=Path, default=ROOT / "configs/tiny_cpu.yaml")
+    parser.add_argument("--nodes", type=int, choices=(1, 2), default=1, help="1: the Ray that the run starts by itself")
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"))
     parser.add_argument(
         "--undisturbed",
         type=Path,
-        help="a finished run of the same config and overrides, else it is made; for async any one of the same slices and updates",
+        help="a finished run that ends the same, else it is made; for async any one of the same slices and updates",
     )
     parser.add_argument(
         "--pause", type=float, nargs=2, default=(0.5, 5.0), help="seconds of serving before most kills that are due"
     )
     parser.add_argument("overrides", nargs="*", help="key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     options.overrides.insert(0, CHECKPOINTS)
     rng = random.Random(options.seed)
     config = load_config(options.config, [*options.overrides, f"run.dir={options.out / 'undisturbed'}"])
@@ -113,21 +119,24 @@ def main() -> None:
     plain_s = _seconds_of_undisturbed(options.config, undisturbed, options.overrides)
     work = Work(config, undisturbed)
 
-    killed, verdicts, runs, seconds, empty = Killed(starts=0), list[Verdict](), list[Path](), 0.0, 0
+    kinds = kinds_of(config, options.nodes == 2)
     # Every kind before any comes again, in a new order each time.
-    kinds = [kind for _ in range(options.kills) for kind in rng.sample(KINDS, len(KINDS))][: options.kills]
-    while left := kinds[killed.kinds.total() :]:
-        folder = options.out / f"disturbed-{len(verdicts)}"
-        started = time.monotonic()
-        done = disturb(Run(options.config, folder, options.overrides), left, rng, work, tuple(options.pause))
-        seconds += time.monotonic() - started
-        killed += done
-        runs.append(folder)
-        verdicts.append(compare(config, folder, undisturbed))
-        empty = 0 if done.kinds else empty + 1
-        if empty == 3:
-            sys.exit("three runs ended before anything could be killed: make --pause shorter or the run longer")
-    _show(killed, verdicts, seconds, plain_s, runs)
+    due = [kind for _ in range(options.kills) for kind in rng.sample(kinds, len(kinds))][: options.kills]
+    killed, verdicts, runs, seconds, empty = Killed(starts=0), list[Verdict](), list[Path](), 0.0, 0
+    with TwoNodes(options.out / "nodes") if options.nodes == 2 else nullcontext() as nodes:
+        while left := due[killed.kinds.total() :]:
+            folder = options.out / f"disturbed-{len(verdicts)}"
+            started = time.monotonic()
+            run = Run(options.config, folder, options.overrides, nodes)
+            done = disturb(run, left, rng, work, tuple(options.pause))
+            seconds += time.monotonic() - started
+            killed += done
+            runs.append(folder)
+            verdicts.append(compare(config, folder, undisturbed))
+            empty = 0 if done.kinds else empty + 1
+            if empty == 3:
+                sys.exit("three runs ended before anything could be killed: make --pause shorter or the run longer")
+    _show(kinds, killed, verdicts, seconds, plain_s, runs)
     sys.exit(0 if all(verdict.ok for verdict in verdicts) else 1)
 
 
@@ -139,13 +148,20 @@ def _seconds_of_undisturbed(config: Path, folder: Path, overrides: list[str]) ->
     return time.monotonic() - started
 
 
-def _show(killed: Killed, verdicts: list[Verdict], seconds: float, plain_s: float | None, runs: list[Path]) -> None:
+def _show(
+    kinds: Sequence[str],
+    killed: Killed,
+    verdicts: list[Verdict],
+    seconds: float,
+    plain_s: float | None,
+    runs: list[Path],
+) -> None:
     kills = sum(killed.kinds.values())
     table = Table(title=f"{kills} kills over {len(verdicts)} runs", title_justify="left")
     table.add_column("what")
     table.add_column("count", justify="right")
     table.add_column("s until more was done", justify="right")  # where no other kill came before
-    for kind in KINDS:
+    for kind in kinds:
         took = [back_s for of, back_s in killed.back_s if of == kind]
         times = (
             f"{statistics.median(took):.0f} ({min(took):.0f} to {max(took):.0f}, {len(took)} times)" if took else "-"

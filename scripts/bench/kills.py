@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from nodes import TwoNodes, family
 
 from sppo_ray.attempts import Progress, progress_of
 from sppo_ray.config import Config
@@ -21,7 +22,7 @@ from sppo_ray.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 # By the title that Ray gives a worker process: the class, then the method that runs; before it, while it starts, its name.
-TITLES = {
+CLASSES = {
     "rollout": "RolloutWorker",
     "judge": "JudgeWorker",
     "buffer": "BufferActor",
@@ -29,10 +30,17 @@ TITLES = {
     "learner": "RayTrainWorker",
     "controller": "LearnerActor|TrainController",
 }
-KINDS = (*TITLES, "driver", "power")
+ENGINE = "VLLM::EngineCore"  # vLLM's own title, where the engine has a process of its own
+WHOLE = ("node", "power")  # kinds of which everything is killed, not one of several
 LAST_KILL = 0.95  # of the work; later ones would often meet the end of the run
 AT_ONCE = 0.25  # of the kills that may come whatever the run is at; others wait until it does something again
 LIMIT_S = 900  # for a run to have a victim of the kind that is due, and to end after the last kill
+
+
+def kinds_of(config: Config, two_nodes: bool) -> tuple[str, ...]:
+    """What there is to kill in a run of this config."""
+    engine = ("engine",) if config.engine_apart else ()
+    return (*CLASSES, *engine, *(("node",) if two_nodes else ()), "driver", "power")
 
 
 @dataclass
@@ -101,37 +109,44 @@ class Stopwatch:
 
 
 class Run:
-    """`sppo train` in a process of its own, begun again when it was killed."""
+    """`sppo train` in a process of its own, begun again when it was killed. nodes: the Ray that it joins, else it starts one."""
 
-    def __init__(self, config: Path, folder: Path, overrides: list[str]) -> None:
-        self.folder, self.log = folder, folder.with_suffix(".log")
+    def __init__(self, config: Path, folder: Path, overrides: list[str], nodes: TwoNodes | None = None) -> None:
+        self.folder, self.log, self.nodes = folder, folder.with_suffix(".log"), nodes
+        self._earlier: set[psutil.Process] = set()  # of a driver that was killed: its actors end soon
         folder.parent.mkdir(parents=True, exist_ok=True)
-        self._command = ["--config", str(config), f"run.dir={folder}", *overrides]
-        self._overrides = overrides
+        joins = [f"cluster.address={nodes.address}"] if nodes else []
+        self._command = ["--config", str(config), f"run.dir={folder}", *overrides, *joins]
         self.start(resume=False)
 
     def start(self, resume: bool) -> None:
         arguments = ["--resume", f"run.dir={self.folder}"] if resume else self._command
+        self._earlier = set(self.nodes.processes) if self.nodes else set()
         with self.log.open("ab") as log:
             self.process = psutil.Popen(
-                [sys.executable, "-m", "sppo_ray", "train", *arguments], cwd=ROOT, stdout=log, stderr=log
-            )
+                [sys.executable, "-m", "sppo_ray", "train", *arguments], cwd=ROOT, stdout=log, stderr=log,
+                env=self.nodes.env if self.nodes else None,
+            )  # fmt: skip
 
     @property
     def over(self) -> bool:
         return self.process.poll() is not None
 
     def victims(self, kind: str, started: bool = False) -> list[psutil.Process]:
-        """started: only those that have left their constructor."""
-        try:
-            family = self.process.children(recursive=True)
-        except psutil.NoSuchProcess:
+        """started: only those that have left their constructor. None once the run is over, or before it has begun to start."""
+        own, nodes = family(self.process), self.nodes.processes if self.nodes else []
+        titles = {process: _title(process) for process in {*own, *nodes} - self._earlier}
+        actors = {process for process, title in titles.items() if any(is_title(title, each) for each in CLASSES)}
+        if self.over or not actors:
             return []
-        if kind == "driver":
-            return [self.process] if family else []
         if kind == "power":
-            return [self.process, *family] if family else []
-        return [process for process in family if is_title(_title(process), kind, started)]
+            return [*own, *nodes]
+        if kind == "driver":
+            return own[:1]
+        if kind == "node":  # with some of the run's actors on it
+            assert self.nodes is not None
+            return self.nodes.second if actors & set(self.nodes.second) else []
+        return [process for process, title in titles.items() if is_title(title, kind, started)]
 
     def wait(self) -> None:
         """Raises SystemExit with the run's output if it failed."""
@@ -145,9 +160,11 @@ class Run:
 
 
 def is_title(title: str, kind: str, started: bool = False) -> bool:
-    """Whether a process of that title is of that kind; started: and has left its constructor."""
+    """Whether a process of that title is of that kind; started: and has left its constructor (an engine's is of one that has)."""
+    if kind == "engine":
+        return title.startswith(ENGINE)
     name = "" if started else r"(?:[\w-]+:)?"
-    return bool(re.match(rf"ray::{name}(?:{TITLES[kind]})\b", title))
+    return bool(re.match(rf"ray::{name}(?:{CLASSES[kind]})\b", title))
 
 
 def _title(process: psutil.Process) -> str:
@@ -173,9 +190,14 @@ def disturb(run: Run, kinds: list[str], rng: random.Random, work: Work, pause: t
             watch.start(kind)
             done.kinds[kind] += 1
             print(f"killed {kind}", file=sys.stderr, flush=True)
+            if run.nodes and kind == "node":
+                run.nodes.add_node()
             if kind in ("driver", "power"):
                 run.process.wait()
+                if run.nodes and kind == "power":
+                    run.nodes.start()
                 run.start(resume=True)
+                watch.start(kind)  # once more: the command is the user's
                 done.starts += 1
         run.wait()
     return done
@@ -184,10 +206,21 @@ def disturb(run: Run, kinds: list[str], rng: random.Random, work: Work, pause: t
 def _strike(run: Run, kind: str, rng: random.Random) -> bool:
     """Kill one process of the kind, or all there are. False: the run is over."""
     while victims := _await_victims(run, kind):
-        chosen = victims if kind == "power" else [rng.choice(victims)]
+        chosen = _held(run, kind) if kind in WHOLE else [rng.choice(victims)]
         if sum(_kill(victim) for victim in chosen):  # none: it ended by itself meanwhile
             return True
     return False
+
+
+def _held(run: Run, kind: str) -> set[psutil.Process]:
+    """All of the kind, stopped: what one of them starts in this moment is among them."""
+    held: set[psutil.Process] = set()
+    while more := set(run.victims(kind)) - held:
+        for process in more:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
+        held |= more
+    return held
 
 
 def _has_done(run: Run, work: Work, share: float) -> bool:
@@ -203,13 +236,15 @@ def _has_done(run: Run, work: Work, share: float) -> bool:
 
 
 def _serving_for(run: Run, seconds: float) -> bool:
-    """Waits until a judge has been up for so long: the run has begun again to do something. False: the run is over."""
+    """Waits until judges have been up for so long: the run has begun again to do something. False: the run is over."""
     began: float | None = None
     end = time.monotonic() + LIMIT_S
     while began is None or time.monotonic() - began < seconds:
         if run.over or time.monotonic() > end:
             return False
-        if began is None and run.victims("judge", started=True):
+        if not run.victims("judge", started=True):
+            began = None
+        elif began is None:
             began = time.monotonic()
         time.sleep(0.1)
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ import pytest
 
 from tests.actors.job_runs import LIMIT_S, PROMPTS, ROOT, SLOW, SMALL, manifest, wait_for
 
-KINDS = 8  # of processes
+KINDS = ("rollout", "judge", "buffer", "weights", "learner", "controller", "driver", "power")
 CHAOS_LIMIT_S = 3 * LIMIT_S  # after most kills all actors start again
 
 
 @pytest.mark.timeout(LIMIT_S + CHAOS_LIMIT_S + 60)
 def test_every_kind_is_killed_and_the_tables_and_weights_are_the_same(whole, tmp_path):
-    runs = after_chaos(tmp_path, "tiny_cpu", undisturbed=whole[0], seed=3, overrides=["learner.checkpoint_every=1"])
-    assert_all_is_counted(runs)
+    """On two nodes, with vLLM's engine in a process of its own, as on GPUs."""
+    options = ["--nodes=2", "learner.checkpoint_every=1", "rollout.engine=async"]
+    kinds = (*KINDS, "engine", "node")
+    assert_all_is_counted(after_chaos(tmp_path, "tiny_cpu", kinds, undisturbed=whole[0], seed=3, options=options))
 
 
 @pytest.mark.timeout(2 * LIMIT_S)
@@ -46,22 +49,24 @@ def test_a_worker_that_dies_while_it_starts_is_started_again_and_so_are_all_with
 
 @pytest.mark.timeout(LIMIT_S + CHAOS_LIMIT_S + 60)
 def test_async_every_kind_is_killed_and_the_bound_holds(whole, tmp_path):
-    """A publish and a checkpoint after every update, two ranks, groups up to two versions old."""
-    overrides = [
+    """A publish and a checkpoint after every update, two ranks, groups up to two versions old; in the Ray that a run starts."""
+    options = [
         "learner.checkpoint_every=1", "weights.publish_every=1", "schedule.max_staleness=2", "learner.num_workers=2",
     ]  # fmt: skip
-    assert_all_is_counted(after_chaos(tmp_path, "tiny_cpu_async", undisturbed=whole[0], seed=4, overrides=overrides))
+    assert_all_is_counted(after_chaos(tmp_path, "tiny_cpu_async", KINDS, undisturbed=whole[0], seed=4, options=options))
 
 
-def after_chaos(out: Path, config: str, undisturbed: Path, seed: int, overrides: list[str]) -> list[dict[str, Any]]:
+def after_chaos(
+    out: Path, config: str, kinds: Sequence[str], undisturbed: Path, seed: int, options: list[str]
+) -> list[dict[str, Any]]:
     """Manifests of the runs that were disturbed. chaos.py compares them with the undisturbed one: exit code 1 if they differ."""
     command = [
-        sys.executable, "scripts/bench/chaos.py", f"--kills={KINDS}", f"--seed={seed}", f"--out={out}",
-        f"--config=configs/{config}.yaml", f"--undisturbed={undisturbed}", "--pause", "0.5", "2", *SMALL, *SLOW, *overrides,
+        sys.executable, "scripts/bench/chaos.py", f"--kills={len(kinds)}", f"--seed={seed}", f"--out={out}",
+        f"--config=configs/{config}.yaml", f"--undisturbed={undisturbed}", "--pause", "0.5", "2", *SMALL, *SLOW, *options,
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=CHAOS_LIMIT_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    for kind in ("rollout", "judge", "buffer", "weights", "learner", "controller", "driver", "power"):
+    for kind in kinds:
         assert f"killed {kind}" in done.stderr
     return [manifest(folder) for folder in out.glob("disturbed-*") if folder.is_dir()]
 

@@ -89,19 +89,25 @@ def test_an_async_run_has_every_prompt_once_an_epoch_within_the_bound(
 @pytest.mark.parametrize(
     ("later", "found"),
     [
-        ({"judge": (412.0, 50, 30, 7)}, []),  # 3 %
-        ({"judge": (412.1, 50, 30, 7)}, ["judge: MiB grew from 400 to 412.1 at 60 minutes"]),
-        ({"judge": (400.0, 52, 30, 7)}, ["judge: open files grew from 50 to 52 at 60 minutes"]),
-        ({"judge": (400.0, 50, 34, 7)}, []),
-        ({"judge": (400.0, 50, 35, 7)}, ["judge: threads grew from 30 to 35 at 60 minutes"]),
-        ({"judge": (200.0, 20, 10, 8)}, ["judge: is another process at 60 minutes"]),
+        ({"judge": (412.0, 50, 30, 4, 7)}, []),  # 3 %
+        ({"judge": (412.1, 50, 30, 4, 7)}, ["judge: MiB grew from 400 to 412.1 at 60 minutes"]),
+        ({"judge": (400.0, 52, 30, 4, 7)}, ["judge: open files grew from 50 to 52 at 60 minutes"]),
+        ({"judge": (400.0, 51, 30, 4, 7)}, []),
+        ({"judge": (400.0, 50, 31, 4, 7)}, ["judge: threads grew from 30 to 31 at 60 minutes"]),
+        ({"judge": (400.0, 50, 30, soak.MOST_POOL_THREADS, 7)}, []),
+        (
+            {"judge": (400.0, 50, 30, soak.MOST_POOL_THREADS + 1, 7)},
+            [f"judge: gRPC's pools have {soak.MOST_POOL_THREADS + 1} threads at 60 minutes"],
+        ),
+        ({"judge": (200.0, 20, 10, 4, 8)}, ["judge: is another process at 60 minutes"]),
         ({}, ["judge: was not there at every reading"]),
     ],
 )
 def test_what_has_grown_in_an_hour(later: dict[str, Any], found: list[str]) -> None:
-    raylet = {"raylet": (20.0, 90, 33, 1)}  # small: 2 MiB more are not counted
-    readings = {5.0: raylet | {"judge": (400.0, 50, 30, 7)}, 60.0: {"raylet": (22.0, 90, 33, 1)} | later}
-    assert soak._grown(readings, 0.03) == found
+    raylet = {"raylet": (20.0, 90, 33, 4, 1)}  # small: 2 MiB more are not counted
+    readings = {5.0: raylet | {"judge": (400.0, 50, 30, 4, 7)}, 60.0: {"raylet": (22.0, 90, 33, 5, 1)} | later}
+    named = {mark: {name: soak.Figures(*each) for name, each in reading.items()} for mark, reading in readings.items()}
+    assert soak._grown(named, 0.03) == found
 
 
 def test_a_run_that_ends_while_it_is_read_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,9 +126,10 @@ def test_a_run_that_ends_while_it_is_read_is_no_result(monkeypatch: pytest.Monke
         ("ray::buffer:BufferActor.__init__", "buffer"),
         ("ray::RayTrainWorker", "learner"),
         ("ray::TrainController", "controller"),
+        ("VLLM::EngineCore", "engine"),
         ("ray::IDLE", None),
         ("ray::NotRolloutWorker", None),
     ],
 )
 def test_the_titles_by_which_victims_are_found(title: str, kind: str | None) -> None:
-    assert [found for found in kills.TITLES if kills.is_title(title, found)] == ([kind] if kind else [])
+    assert [found for found in (*kills.CLASSES, "engine") if kills.is_title(title, found)] == ([kind] if kind else [])
