@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,7 +31,8 @@ __all__ = ["AsyncEngine", "Engine", "EngineDied", "InProcessEngine", "engine_arg
 
 
 def start_engine(config: Config, model_path: str, version: int) -> Engine:
-    """The engine `rollout.engine` asks for, serving the folder `model_path` as `version`. Takes seconds to minutes."""
+    """The engine `rollout.engine` asks for, serving the folder `model_path` as `version`. Takes seconds to minutes. Raises
+    EngineDied if its process was killed meanwhile."""
     on_gpu = config.cluster.gpus > 0
     # vLLM stops at the EOS of generation_config; a template may end a turn with another token (<|eot_id|>, <|im_end|>).
     tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=config.policy.trust_remote_code)
@@ -176,7 +178,8 @@ class AsyncEngine(VllmEngine):
         pause: Pause = "finish",
     ) -> None:
         super().__init__(version, can_sleep, stop_ids, pause, _places(arguments))
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        with _engine_death():
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
     async def _request(self, prompt: list[int], params: SamplingParams, request_id: str) -> RequestOutput:
         with _engine_death():
@@ -238,3 +241,9 @@ def _engine_death() -> Iterator[None]:
         yield
     except EngineDeadError as error:
         raise EngineDied(f"vLLM's engine process died: {error}") from error
+    except RuntimeError as error:
+        # vLLM has no type for an engine that does not come up. One that ended by a signal had no error of its own; where vLLM
+        # saw the end before the exit code it names none, and a new start shows which it was.
+        if not re.search(r"Failed core proc\(s\): \{(\}|.*: -\d)", str(error)):
+            raise
+        raise EngineDied(f"vLLM's engine process was killed: {error}") from error

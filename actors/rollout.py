@@ -43,7 +43,10 @@ class RolloutWorker:
         self.name, self._device = name, f"gpu {','.join(map(str, gpus))}" if gpus else "cpu"
         self._first_version = version
         begin(config.run.dir, name)
-        from actors.engines import start_engine  # vllm: seconds to import, and its log belongs into the redirected file
+        from actors.engines import (
+            EngineDied,
+            start_engine,
+        )  # vllm: seconds to import, and its log belongs into the redirected file
 
         self._hub = ray.get_actor(hub)
         self._config = config
@@ -53,7 +56,10 @@ class RolloutWorker:
         self._counts = {"prompts": 0, "responses": 0, "tokens": 0, "truncated": 0}
         self._loading = asyncio.Lock()
         self._behind = newer is not None
-        self._engine = start_engine(config, model_path, version)
+        try:
+            self._engine = start_engine(config, model_path, version)
+        except EngineDied as error:
+            self._exit(error)
         logger.info("%s starts from %s at version %d", name, model_path, version)
 
     def __repr__(self) -> str:

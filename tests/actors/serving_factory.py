@@ -1,4 +1,4 @@
-"""Rollout workers and a hub to test with."""
+"""Rollout workers and a hub to test with, and what they sample."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import torch
 from ray.exceptions import RayActorError
@@ -17,18 +18,19 @@ from actors.process import environment
 from actors.rollout import RolloutWorker
 from actors.weights import NAME
 from sppo_ray.config import Config
+from sppo_ray.types import Prompt, ResponseGroup, Sampling
 from sppo_ray.weight_chunks import Checksum, WeightChunk, pack
 
 ROOT = Path(__file__).parents[2]
 
 
-def start_worker(name: str, config: Config, folder: Path, version: int, **env: str) -> Any:
+def start_worker(name: str, config: Config, folder: Path, version: int) -> Any:
     """A rollout worker actor as the system makes them."""
     actor = ray.remote(RolloutWorker).options(
         name=name,
         num_cpus=0.1,
         max_concurrency=100,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), **environment(gpus=False, threads=1), **env}},
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), **environment(gpus=False, threads=1)}},
     )
     return actor.remote(name, config, str(folder), version, NAME)
 
@@ -76,3 +78,25 @@ class Serving:
         assert count > 5
         ray.get(self.hub.commit.remote(self.version, checksum.hexdigest(), count))
         return checksum.hexdigest()
+
+
+def sampled(i: int, k: int = 5) -> Sampling:
+    return Sampling(0.7, 0.9, 48, tuple(range(1024 * i, 1024 * i + k)))
+
+
+async def groups(pool: RolloutPool, prompts: list[Prompt], order: list[int]) -> list[ResponseGroup]:
+    """Group i of prompt i, asked for in `order`, returned by i."""
+    handles = await asyncio.gather(*(pool.generate(prompts[i], sampled(i), 1) for i in order))
+    fetched = {i: await handle.ref for i, handle in zip(order, handles, strict=True)}
+    return [fetched[i] for i in range(len(prompts))]
+
+
+async def gone(pid: int) -> None:
+    """Returns when the process has ended: Ray gives a stopped one a few seconds."""
+    async with asyncio.timeout(60):
+        while psutil.pid_exists(pid):
+            await asyncio.sleep(0.1)
+
+
+def tokens(group: ResponseGroup) -> list[tuple[list[int], float, str]]:
+    return [(r.token_ids.tolist(), r.logprob, r.text) for r in group.responses]

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import ray
 import torch
-from serving_factory import Serving, start_worker
+from serving_factory import Serving, gone, groups, sampled, start_worker, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.judge import JudgeWorker
@@ -25,33 +24,11 @@ from sppo_ray.types import Prompt, Receipt, ResponseGroup, Sampling
 GREEDY = Sampling(0.0, 1.0, 24, (0,))
 
 
-def sampled(i: int, k: int = 5) -> Sampling:
-    return Sampling(0.7, 0.9, 48, tuple(range(1024 * i, 1024 * i + k)))
-
-
-async def groups(pool: RolloutPool, prompts: list[Prompt], order: list[int]) -> list[ResponseGroup]:
-    """Group i of prompt i, asked for in `order`, returned by i."""
-    handles = await asyncio.gather(*(pool.generate(prompts[i], sampled(i), 1) for i in order))
-    fetched = {i: await handle.ref for i, handle in zip(order, handles, strict=True)}
-    return [fetched[i] for i in range(len(prompts))]
-
-
 async def generate(
     worker: Any, prompt: Prompt, sampling: Sampling, iteration: int = 1, epoch: int = 0, protected: bool = False
 ) -> tuple[ResponseGroup, Receipt]:
     group, receipt = worker.generate.options(num_returns=2).remote(prompt, sampling, iteration, epoch, protected)
     return await group, await receipt
-
-
-async def gone(pid: int) -> None:
-    """Returns when the process has ended: Ray gives a stopped one a few seconds."""
-    async with asyncio.timeout(60):
-        while psutil.pid_exists(pid):
-            await asyncio.sleep(0.1)
-
-
-def tokens(group: ResponseGroup) -> list[tuple[list[int], float, str]]:
-    return [(r.token_ids.tolist(), r.logprob, r.text) for r in group.responses]
 
 
 async def test_workers_and_order_do_not_change_the_samples(serving: Serving, prompts: list[Prompt]) -> None:
@@ -249,28 +226,3 @@ async def test_groups_go_from_rollout_to_judge(serving: Serving, prompts: list[P
     assert alone.restarts == 3
     assert "judge-0, process" in (Path(config.run.dir) / "logs/judge-0.stacks.txt").read_text()
     ray.kill(ray.get_actor("judge-0"))
-
-
-async def test_a_worker_whose_engine_core_is_killed_is_replaced(
-    serving: Serving, prompts: list[Prompt], policy: Path
-) -> None:
-    """AsyncLLM, as on GPUs: the actor lives on without its engine, and must end itself."""
-    config = serving.config.model_copy(
-        update={"rollout": serving.config.rollout.model_copy(update={"engine": "async"})}
-    )
-
-    def create(name: str) -> Any:
-        return start_worker(name, config, policy, serving.version)
-
-    pool = RolloutPool(config, {"rollout-async": create("rollout-async")}, serving.hub, create=create)
-    before = await groups(pool, prompts, list(range(len(prompts))))
-    pid = (await pool.stats())["rollout-async"]["pid"]
-    cores = [p for p in psutil.Process(pid).children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
-    assert cores
-    for core in cores:
-        core.kill()
-    after = await groups(pool, prompts, list(range(len(prompts))))
-    assert [tokens(group) for group in after] == [tokens(group) for group in before]
-    assert pool.restarts == 1
-    await gone(pid)
-    ray.kill(ray.get_actor("rollout-async"))

@@ -1,0 +1,71 @@
+"""vLLM's engine in a process of its own, as on GPUs, is killed: its rollout worker is replaced."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from serving_factory import Serving, gone, groups, start_worker, tokens
+
+from actors.pool import RolloutPool
+from sppo_ray.types import Prompt
+
+
+def pool_with_engine_apart(name: str, serving: Serving, policy: Path) -> RolloutPool:
+    """Of one worker, which is starting."""
+    rollout = serving.config.rollout.model_copy(update={"engine": "async"})
+    config = serving.config.model_copy(update={"rollout": rollout})
+
+    def create(name: str) -> Any:
+        return start_worker(name, config, policy, serving.version)
+
+    return RolloutPool(config, {name: create(name)}, serving.hub, create=create)
+
+
+def engine_cores(of: psutil.Process) -> set[psutil.Process]:
+    found = set()
+    for process in of.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "EngineCore" in " ".join(process.cmdline()):
+                found.add(process)
+    return found
+
+
+async def test_a_worker_whose_engine_core_is_killed_is_replaced(
+    serving: Serving, prompts: list[Prompt], policy: Path
+) -> None:
+    """AsyncLLM, as on GPUs: the actor lives on without its engine, and must end itself."""
+    pool = pool_with_engine_apart("rollout-async", serving, policy)
+    before = await groups(pool, prompts, list(range(len(prompts))))
+    pid = (await pool.stats())["rollout-async"]["pid"]
+    cores = engine_cores(of=psutil.Process(pid))
+    assert cores
+    for core in cores:
+        core.kill()
+    after = await groups(pool, prompts, list(range(len(prompts))))
+    assert [tokens(group) for group in after] == [tokens(group) for group in before]
+    assert pool.restarts == 1
+    await gone(pid)
+    ray.kill(ray.get_actor("rollout-async"))
+
+
+async def test_a_worker_whose_engine_is_killed_while_it_starts_is_started_again(serving: Serving, policy: Path) -> None:
+    """At the very first start too, where an error of the engine's own would end the run."""
+    ours = psutil.Process()
+    before = engine_cores(ours)
+    pool = pool_with_engine_apart("rollout-killed", serving, policy)
+    ready = asyncio.create_task(pool.ready())
+    while not (starting := engine_cores(ours) - before):
+        assert not ready.done(), "it was up before it could be killed"
+        await asyncio.sleep(0.05)
+    for engine in starting:
+        engine.kill()
+    await ready
+    assert pool.restarts == 1
+    log = (Path(serving.config.run.dir) / "logs/rollout-killed.log").read_text()
+    assert "vLLM's engine process was killed" in log
+    ray.kill(ray.get_actor("rollout-killed"))
