@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -140,12 +141,12 @@ def main() -> None:
     sys.exit(0 if all(verdict.ok for verdict in verdicts) else 1)
 
 
-def _seconds_of_undisturbed(config: Path, folder: Path, overrides: list[str]) -> float | None:
-    if read_manifest(folder).get("status") == "done":
-        return None
-    started = time.monotonic()
-    Run(config, folder, overrides).wait()
-    return time.monotonic() - started
+def _seconds_of_undisturbed(config: Path, folder: Path, overrides: list[str]) -> float:
+    """Of the run in `folder`, which is made if it is not there."""
+    if read_manifest(folder).get("status") != "done":
+        Run(config, folder, overrides).wait()
+    began, ended = (datetime.fromisoformat(read_manifest(folder)[key]) for key in ("started", "updated"))
+    return (ended - began).total_seconds()
 
 
 def _show(
@@ -153,7 +154,7 @@ def _show(
     killed: Killed,
     verdicts: list[Verdict],
     seconds: float,
-    plain_s: float | None,
+    plain_s: float,
     runs: list[Path],
 ) -> None:
     kills = sum(killed.kinds.values())
@@ -175,8 +176,7 @@ def _show(
     table.add_row("updates done again, at least", str(sum(manifest["updates_repeated"] for manifest in manifests)))
     table.add_row("groups sampled again, at least", str(sum(manifest["groups_regenerated"] for manifest in manifests)))
     table.add_row("seconds", f"{seconds:.0f}")
-    if plain_s is not None:
-        table.add_row("seconds lost per kill", f"{(seconds - plain_s * len(verdicts)) / kills:.1f}")
+    table.add_row("seconds lost per kill", f"{(seconds - plain_s * len(verdicts)) / kills:.1f}")
     Console().print(table)
 
 

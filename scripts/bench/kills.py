@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from nodes import TwoNodes, family
+from nodes import TwoNodes, end_with_parent, family
 
 from sppo_ray.attempts import Progress, progress_of
 from sppo_ray.config import Config
@@ -125,7 +125,7 @@ class Run:
         with self.log.open("ab") as log:
             self.process = psutil.Popen(
                 [sys.executable, "-m", "sppo_ray", "train", *arguments], cwd=ROOT, stdout=log, stderr=log,
-                env=self.nodes.env if self.nodes else None,
+                env=self.nodes.env if self.nodes else None, preexec_fn=end_with_parent,
             )  # fmt: skip
 
     @property

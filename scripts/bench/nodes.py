@@ -87,7 +87,7 @@ class TwoNodes:
         """Returns when it is up. Raises SystemExit with its output if it does not come up."""
         log = self._logs / f"{name}-{time.time_ns()}.log"
         with log.open("wb") as output:
-            process = psutil.Popen(command, env=self.env, stdout=output, stderr=output, preexec_fn=_end_with_us)
+            process = psutil.Popen(command, env=self.env, stdout=output, stderr=output, preexec_fn=end_with_parent)
         end = time.monotonic() + START_LIMIT_S
         while UP not in log.read_text():
             if process.poll() is not None or time.monotonic() > end:
@@ -98,8 +98,8 @@ class TwoNodes:
         return process
 
 
-def _end_with_us() -> None:
-    """In a child: it ends, and what it started with it, when this process is killed."""
+def end_with_parent() -> None:
+    """In a new process: it is asked to end, and what it started with it, when the one that started it has ended."""
     pr_set_pdeathsig = 1  # linux/prctl.h
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
