@@ -43,10 +43,8 @@ class RolloutWorker:
         self.name, self._device = name, f"gpu {','.join(map(str, gpus))}" if gpus else "cpu"
         self._first_version = version
         begin(config.run.dir, name)
-        from actors.engines import (
-            EngineDied,
-            start_engine,
-        )  # vllm: seconds to import, and its log belongs into the redirected file
+        # Only now: vllm takes seconds to import, and its log belongs into the redirected file.
+        from actors.engines import EngineDied, start_engine
 
         self._hub = ray.get_actor(hub)
         self._config = config

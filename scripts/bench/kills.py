@@ -160,7 +160,7 @@ class Run:
 
 
 def is_title(title: str, kind: str, started: bool = False) -> bool:
-    """Whether a process of that title is of that kind; started: and has left its constructor (an engine's is of one that has)."""
+    """Whether a process of that title is of that kind; started: and has left its constructor (an engine's title never tells)."""
     if kind == "engine":
         return title.startswith(ENGINE)
     name = "" if started else r"(?:[\w-]+:)?"
