@@ -18,6 +18,8 @@ import psutil
 from ray._common.tls_utils import load_certs_from_env
 from ray._private import ray_constants
 from ray._private.services import build_address, canonicalize_bootstrap_address, parse_address
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # not in its stub file
+from ray.exceptions import RpcError
 
 from sppo_ray.atomic import whole_file
 from sppo_ray.errors import ConfigError
@@ -30,16 +32,19 @@ REMEDY = (
 )
 
 
-def ensure_token() -> None:
+def ensure_token() -> str | None:
     """A local ray.init() switches token authentication on unless told otherwise, and makes a token readable by everyone on
-    the machine if there is none: so make it first, for this user alone. Raises ConfigError where it cannot be kept."""
-    if os.environ.get("RAY_AUTH_MODE", "token") != "token" or os.environ.get("RAY_AUTH_TOKEN"):
-        return
+    the machine if there is none: so make it first, for this user alone. Raises ConfigError where it cannot be kept. Returns a
+    warning where the environment switches tokens off."""
+    if (mode := os.environ.get("RAY_AUTH_MODE", "token")) != "token":
+        return f"RAY_AUTH_MODE={mode}: the Ray of this run asks for no token; every user of this machine can run code in it"
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return None
     path = _token_file()
     try:
         if path.exists() and path.stat().st_size:  # an empty one is of a writer that was killed
             close_token()
-            return
+            return None
         with (
             whole_file(path) as temporary,
             os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file,
@@ -50,6 +55,7 @@ def ensure_token() -> None:
             f"the token for Ray cannot be kept at {path} ({error.strerror}): set RAY_AUTH_TOKEN_PATH to a file of your own that can "
             "be written."
         ) from None
+    return None
 
 
 def close_token() -> None:
@@ -143,10 +149,35 @@ def knock(server: str, timeout_s: float = 20.0) -> Answer:
 
 
 def answering_beyond_loopback(server: str) -> str | None:
-    """host:port at which what listens at a loopback host:port lets in callers from other machines too: a head that was started
-    with --node-ip-address=127.0.0.1 alone listens on all interfaces."""
-    port = (parse_address(server) or ("", server))[1]
-    return next((own for host in own_addresses() if knock(own := build_address(host, port), 5.0) == "open"), None)
+    """host:port at which an open cluster whose GCS is at a loopback host:port lets in callers from other machines too. A head that
+    was started with --node-ip-address=127.0.0.1 alone listens on all interfaces, and so does a dashboard with
+    --dashboard-host=0.0.0.0: its job API runs whatever it is sent."""
+    gcs, dashboard = (parse_address(server) or ("", server))[1], _dashboard_port(server)
+    for host in own_addresses():
+        if knock(own := build_address(host, gcs)) == "open":
+            return own
+        if dashboard and _listens(host, dashboard):
+            return build_address(host, dashboard)
+    return None
+
+
+def _dashboard_port(server: str) -> str | None:
+    """Of the open cluster at host:port, as its GCS tells everyone; None if it has no dashboard."""
+    try:
+        found = GcsClient(address=server).internal_kv_get(
+            ray_constants.DASHBOARD_ADDRESS.encode(), ray_constants.KV_NAMESPACE_DASHBOARD, timeout=20
+        )
+    except RpcError as error:
+        raise ConfigError(f"the Ray cluster at {server} does not say where its dashboard is ({error}).") from None
+    return (parse_address(found.decode()) or ("", None))[1] if found else None
+
+
+def _listens(host: str, port: str) -> bool:
+    try:
+        with socket.create_connection((host, int(port)), timeout=20):
+            return True
+    except OSError:
+        return False
 
 
 def own_addresses() -> list[str]:

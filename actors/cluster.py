@@ -40,8 +40,9 @@ def connected(config: Config, layout: Layout) -> Iterator[Connection]:
     namespace = f"sppo-{root.name}-{derive(root) % 0xFFFF:04x}"  # two run directories may have one name
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     try:
-        if address and (warning := refuse_open_cluster(address, config.cluster.allow_unauthenticated)):
-            say(Console(stderr=True), f"warning: {warning}", "yellow")
+        open_to = refuse_open_cluster(address, config.cluster.allow_unauthenticated) if address else ensure_token()
+        if open_to:
+            say(Console(stderr=True), f"warning: {open_to}", "yellow")
         context = _join(address, namespace) if address else _start(layout, namespace)
     except AuthenticationError as error:
         raise ConfigError(f"Ray's token: {error}. To use one, {REMEDY}.") from None
@@ -83,7 +84,6 @@ def set_ray_defaults() -> None:
 
 
 def _start(layout: Layout, namespace: str) -> ray.runtime_context.RuntimeContext:
-    ensure_token()
     stay_on_loopback()
     set_ray_defaults()
     roles = (layout.rollout, layout.judge, layout.learner)

@@ -61,9 +61,8 @@ class Pool:
 
     async def add(self, name: str, actor: ActorHandle) -> None:
         """Take a newcomer in once it serves. Raises WorkerFailed or WeightSyncError; it is not in the pool then."""
-        place = await call(
-            actor, name, "ping"
-        )  # minutes for a large model, in which the pool may go on loading weights
+        # Minutes for a large model, in which the pool may go on loading weights.
+        place = await call(actor, name, "ping")
         newcomer = Worker(name, actor, place, member=False)
         async with self._changing:
             await self._prepare(newcomer)

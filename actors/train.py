@@ -66,12 +66,17 @@ def _run(config: Config, layout: Layout, checked: Preflight, console: Console) -
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | asyncio.CancelledError)
         with suppress(OSError, SppoError):  # of a full disk, of damaged records: what stopped the run is to be read
-            update_manifest(root, status="interrupted" if stopped else "failed")
+            ended = {"status": "interrupted"} if stopped else {"status": "failed", "cause": _told(error)}
+            update_manifest(root, **ended)
             update_manifest(root, **counts(config))
         raise
     update_manifest(root, Storage(config.run.storage_patience_s), status="done", **counts(config))
     if mirror:
         asyncio.run(mirror.finish())
+
+
+def _told(error: BaseException) -> str:
+    return "\n".join([str(error) or repr(error), *getattr(error, "__notes__", ())])
 
 
 async def _train(config: Config, layout: Layout, checked: Preflight, console: Console, mirror: Mirror | None) -> None:

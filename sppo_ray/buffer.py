@@ -19,6 +19,7 @@ from sppo_ray.batching import batches, epoch_order
 from sppo_ray.config import Config
 from sppo_ray.errors import SppoError
 from sppo_ray.ledger import Ledger
+from sppo_ray.odd_text import holds_control, holds_no_character, looks_special
 from sppo_ray.tables import SealedRow, examples_of
 from sppo_ray.types import (
     JudgedGroup,
@@ -204,14 +205,18 @@ def summarise(table: pa.Table, iteration: int, config: Config, steps: int) -> Sl
     """Counts of a slice, for the record and the progress display."""
     k = config.rollout.responses_per_prompt
     texts = list(zip(*([m[1]["content"] for m in table[f"generate_{i}"].to_pylist()] for i in range(k)), strict=True))
+    responses = [text for group in texts for text in group]
     logits = np.array(table["logits"].to_pylist())
     return SliceSummary(
         iteration=iteration,
         groups=len(table),
         examples=len(table),
         identical_groups=sum(len(set(group)) == 1 for group in texts),
-        empty_responses=sum(not text.strip() for group in texts for text in group),
+        empty_responses=sum(not text.strip() for text in responses),
         cut_responses=sum(table["cut_responses"].to_pylist()),
+        control_responses=sum(map(holds_control, responses)),
+        broken_responses=sum(map(holds_no_character, responses)),
+        special_responses=sum(map(looks_special, responses)),
         order_inconsistency=float(order_inconsistency(logits).mean()),
         cycle_rate=float(has_cycle(logits).mean()),
         steps=steps,

@@ -63,10 +63,8 @@ class Mirror:
         self._root, self._url = Path(config.run.dir), config.run.mirror
         self._say, self._warn = say, warn
         self._lock = threading.Lock()  # a cancelled pass leaves its thread at work on one file
-        self._moved, self._limit_s = (
-            0.0,
-            SILENCE_S,
-        )  # when the store last took something, or failed; until it counts as silent
+        self._moved = 0.0  # when the store last took something, or failed
+        self._limit_s = SILENCE_S  # until it counts as silent
         self._down = False  # as the user was told
         self._store, self._place = fsspec.core.url_to_fs(self._url)
         self._mirrored: dict[str, Mark] | None = None

@@ -7,7 +7,6 @@ Cheap things first: `read_prompts` needs no tokenizer and finds most mistakes in
 from __future__ import annotations
 
 import random
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +17,10 @@ from typing import Any
 from sppo_ray.config import Config
 from sppo_ray.errors import ConfigError
 from sppo_ray.given import is_unicode, shown
+from sppo_ray.odd_text import holds_control
 from sppo_ray.prompt_sources import Row, read_rows
 from sppo_ray.templating import PromptEncoder, encoder_of
 from sppo_ray.types import Prompt
-
-# C0 and C1 controls but for the white space among them.
-_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +127,7 @@ def load_texts(
                 )
             where_of_id[prompt_id] = row.where
             texts.add(text)
-            report.control += _CONTROL.search(text) is not None
+            report.control += holds_control(text)
             kept.append(RawPrompt(prompt_id, text))
     return kept
 

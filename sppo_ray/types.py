@@ -172,6 +172,9 @@ class SliceSummary:
     cycle_rate: float  # share of groups whose majority preferences contain a cycle, in [0, 1]
     steps: int  # optimizer updates this slice gives
     cut_responses: int = 0  # longer than the judge reads
+    control_responses: int = 0  # hold control characters
+    broken_responses: int = 0  # hold U+FFFD, for bytes that are no character
+    special_responses: int = 0  # hold a string that is spelt as special tokens are
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ from rich.table import Table
 
 from sppo_ray.config import Config
 from sppo_ray.config_io import load_config
+from sppo_ray.metrics import read_metrics
 from sppo_ray.run_dir import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,12 +50,11 @@ class Verdict:
     rows_different: int | None  # None: async, where a batch is what was ready
     weights_differ: bool | None
     beyond_bound: int  # async: rows older than schedule.max_staleness, or of weights that were yet to come
+    updates_wrong: int  # on record not once, but more often or not at all
 
     @property
     def ok(self) -> bool:
-        return not (
-            self.rows_lost or self.rows_doubled or self.rows_different or self.weights_differ or self.beyond_bound
-        )
+        return not any(vars(self).values())
 
 
 def compare(config: Config, folder: Path, undisturbed: Path) -> Verdict:
@@ -73,9 +73,11 @@ def compare(config: Config, folder: Path, undisturbed: Path) -> Verdict:
         elif keys == expected:
             different += sum(a != b for a, b in zip(mine.to_pylist(), other.to_pylist(), strict=True))
     last = f"iter_{config.schedule.iterations}/policy"
+    updates, expected = _updates(folder), _updates(undisturbed)
+    wrong = ((updates - expected) + (expected - updates)).total()
     if streams:
-        return Verdict(lost, doubled, None, None, beyond)
-    return Verdict(lost, doubled, different, _weights(folder / last) != _weights(undisturbed / last), beyond)
+        return Verdict(lost, doubled, None, None, beyond, wrong)
+    return Verdict(lost, doubled, different, _weights(folder / last) != _weights(undisturbed / last), beyond, wrong)
 
 
 def _train_table(folder: Path, iteration: int) -> pa.Table:
@@ -92,8 +94,16 @@ def _keys(table: pa.Table) -> list[tuple[object, ...]]:
     return list(zip(*(table[name].to_pylist() for name in names), strict=True))
 
 
+def _updates(folder: Path) -> Counter[int]:
+    return Counter(line["step"] for line in read_metrics(folder / "metrics.jsonl") if "step" in line)
+
+
 def _weights(folder: Path) -> list[str]:
-    return [xxhash.xxh3_64_hexdigest(path.read_bytes()) for path in sorted(folder.glob("*.safetensors"))]
+    """Hashes; of a folder without any it is an error to ask."""
+    found = [xxhash.xxh3_64_hexdigest(path.read_bytes()) for path in sorted(folder.glob("*.safetensors"))]
+    if not found:
+        raise SystemExit(f"{folder} holds no weights")
+    return found
 
 
 def main() -> None:
@@ -168,7 +178,7 @@ def _show(
             f"{statistics.median(took):.0f} ({min(took):.0f} to {max(took):.0f}, {len(took)} times)" if took else "-"
         )
         table.add_row(f"killed: {kind}", str(killed.kinds[kind]), times)
-    for name in ("rows_lost", "rows_doubled", "rows_different", "beyond_bound", "weights_differ"):
+    for name in ("rows_lost", "rows_doubled", "rows_different", "beyond_bound", "weights_differ", "updates_wrong"):
         found = [getattr(verdict, name) for verdict in verdicts]
         table.add_row(name.replace("_", " "), "not compared" if None in found else str(sum(found)))
     table.add_row("times a run was begun", str(killed.starts))

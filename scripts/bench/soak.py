@@ -41,9 +41,8 @@ NAMED = {
 }
 LEAST = 2, 0, 0  # a growth of MiB, open files, threads that does not count
 POOLS = ("default-executo", "event_engine")  # as Linux cuts their names
-MOST_POOL_THREADS = max(
-    16, 4 * (os.cpu_count() or 1)
-)  # twice what was seen in an hour on two cores, and gRPC's own bound
+# Twice what was seen in an hour on two cores, and gRPC's own bound.
+MOST_POOL_THREADS = max(16, 4 * (os.cpu_count() or 1))
 
 
 class Figures(NamedTuple):
@@ -66,7 +65,7 @@ def main() -> None:
     parser.add_argument("--slack", type=float, default=0.03)
     parser.add_argument("--config", type=Path, default=ROOT / "configs/tiny_cpu_async.yaml")
     parser.add_argument("overrides", nargs="*", help="key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # overrides may follow --minutes
     command = ["--config", str(options.config), f"run.dir={options.out}", *LONG, *options.overrides]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.with_suffix(".log").open("wb") as log:

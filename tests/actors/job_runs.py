@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -136,6 +137,7 @@ class Head:
 
     address: str
     env: dict[str, str]  # with the token
+    pid: int
 
     def job(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """`ray job <command>`"""
@@ -165,19 +167,40 @@ class Head:
         return {actor["class_name"] for actor in living if not actor["name"].startswith(kept)}
 
 
+def head_of(page: str) -> tuple[dict[str, str], list[str]]:
+    """How a page of the documentation starts a head on one machine: the variables it exports, and its command."""
+    text = (ROOT / page).read_text()
+    exports = re.findall(r"^export ([^#\n]+)", text, re.MULTILINE)
+    variables = dict(pair.split("=", 1) for line in exports for pair in line.split())
+    (command,) = re.findall(r"^ray start --head .*$", text, re.MULTILINE)
+    return variables, shlex.split(command)
+
+
+def listening(processes: list[psutil.Process]) -> set[tuple[str, str]]:
+    """(name of the process, address) of all on which they take connections."""
+    found = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):  # an idle worker that ended meanwhile
+            name, connections = process.name(), process.net_connections(kind="inet")
+            ips = {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
+            found |= {(name, ip.removeprefix("::ffff:")) for ip in ips}  # an IPv4 address on an IPv6 socket
+    return found
+
+
 @contextmanager
 def ray_head(folder: Path) -> Iterator[Head]:
-    """A head on free ports with a token of its own, in `folder`; its sockets, whose paths must be short, are elsewhere."""
+    """A head as the README starts one, but on free ports and with a token of its own, in `folder`; its sockets, whose paths must be
+    short, are elsewhere."""
     port, dashboard, agent = free_port(), free_port(), free_port()
     token = folder / "token"
     token.write_text("a-token-for-this-test-of-thirty-two-characters")
     token.chmod(0o600)
-    env = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_TOKEN"}
-    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    variables, start = head_of("README.md")
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    env |= variables | {"RAY_AUTH_TOKEN_PATH": str(token)}
     env["PATH"] = f"{BIN}{os.pathsep}{env['PATH']}"  # as in an activated environment
     command = [
-        str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
-        "--dashboard-host=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true",
+        str(BIN / "ray"), *start[1:], "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
         f"--dashboard-agent-listen-port={agent}",  # it takes the jobs; at its default port it may be another Ray's
     ]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as sockets:
@@ -187,7 +210,7 @@ def ray_head(folder: Path) -> Iterator[Head]:
         try:
             # The dashboard refuses a job if the agent, which may be later, is not there in 10 s.
             wait_for(lambda: answers(dashboard) and answers(agent), timeout=180)
-            yield Head(f"http://127.0.0.1:{dashboard}", env)
+            yield Head(f"http://127.0.0.1:{dashboard}", env, process.pid)
         finally:
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
             process.terminate()

@@ -167,7 +167,7 @@ class ScriptedBuffer:
         failures: int = 1,
         hold_at: Sequence[int] = (),
         checkpoints: str = "",
-        poison: bool = False,
+        poison: str = "",
     ) -> None:
         """fail_at, hold_at: steps at which the next task is an error, the first `failures` times it is asked for, or is kept back
         the first time, until `release`; both once their checkpoint is in the folder `checkpoints`, if that is given."""
@@ -204,7 +204,7 @@ class ScriptedBuffer:
             self.released.clear()
         task = scripted_task(step, len(self.done), self.references, len(self.publications))
         if self.poison and self.references:
-            bad = replace(task.examples[0], prompt_id="the-bad-one", reference_logps=(float("nan"), 0.0))
+            bad = replace(task.examples[0], prompt_id="the-bad-one", reference_logps=(float(self.poison), 0.0))
             return replace(task, examples=(bad, *task.examples[1:]))
         return task
 

@@ -104,18 +104,26 @@ class Probe:
                 case StopTask():
                     return
 
-    def not_finite(self, name: str, **settings: Any) -> None:
-        """One prompt's reference is NaN: every rank must say which."""
+    def not_finite(self, name: str, reference: str, **settings: Any) -> None:
+        """One prompt's reference log-probability is such that every rank must say which."""
         engine = self.engine(self.config(**settings))
         task = tasks()[0]
-        bad = replace(task.examples[4], prompt_id="the-bad-one", reference_logps=(float("nan"), -1.0))
+        bad = replace(task.examples[4], prompt_id="the-bad-one", reference_logps=(float(reference), -1.0))
+        self.refused(name, engine, replace(task, examples=(*task.examples[:4], bad, *task.examples[5:])))
+        self.keep(name, engine)
+
+    def gradient_not_finite(self, name: str, **settings: Any) -> None:
+        engine = self.engine(self.config(**settings))
+        next(engine.engine.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+        self.refused(name, engine, tasks()[0])
+
+    def refused(self, name: str, engine: TrainingEngine, task: TrainTask) -> None:
         message = "no error"
         try:
-            engine.step(replace(task, examples=(*task.examples[:4], bad, *task.examples[5:])))
+            engine.step(task)
         except LearnerError as error:
             message = str(error)
         self.results[name] = self.ranks.gather(message)
-        self.keep(name, engine)
 
 
 def plain_sgd(config: Config, parameters: Iterator[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -141,7 +149,10 @@ def main(policy: Path, out: Path, rank: int, world: int) -> None:
         probe.restart("restart rounding 3", zero_stage=3, dtype="float32", saved="bfloat16")
         probe.turns("turns 3", zero_stage=3)
         probe.script("script", zero_stage=3)
-        probe.not_finite("not finite", zero_stage=3)
+        for reference in ("nan", "inf", "-inf"):
+            probe.not_finite(f"not finite {reference}", reference, zero_stage=3)
+        for stage in (0, 3):
+            probe.gradient_not_finite(f"gradient not finite {stage}", zero_stage=stage)
     if rank == 0:
         (out / "results.json").write_text(json.dumps(probe.results))
     dist.destroy_process_group()

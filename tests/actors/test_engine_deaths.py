@@ -1,8 +1,9 @@
-"""vLLM's engine in a process of its own, as on GPUs, is killed: its rollout worker is replaced."""
+"""vLLM's engine in a process of its own, as on GPUs, is killed or hangs: its rollout worker is replaced."""
 
 from __future__ import annotations
 
 import asyncio
+import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from actors.pool import RolloutPool
 from sppo_ray.types import Prompt
 
 
-def pool_with_engine_apart(name: str, serving: Serving, policy: Path) -> RolloutPool:
+def pool_with_engine_apart(name: str, serving: Serving, policy: Path, **rollout_settings: Any) -> RolloutPool:
     """Of one worker, which is starting."""
-    rollout = serving.config.rollout.model_copy(update={"engine": "async"})
+    rollout = serving.config.rollout.model_copy(update={"engine": "async"} | rollout_settings)
     config = serving.config.model_copy(update={"rollout": rollout})
 
     def create(name: str) -> Any:
@@ -35,21 +36,30 @@ def engine_cores(of: psutil.Process) -> set[psutil.Process]:
     return found
 
 
-async def test_a_worker_whose_engine_core_is_killed_is_replaced(
+async def test_a_worker_whose_engine_hangs_or_is_killed_is_replaced_and_the_engine_ends_with_it(
     serving: Serving, prompts: list[Prompt], policy: Path
 ) -> None:
-    """AsyncLLM, as on GPUs: the actor lives on without its engine, and must end itself."""
-    pool = pool_with_engine_apart("rollout-async", serving, policy)
-    before = await groups(pool, prompts, list(range(len(prompts))))
-    pid = (await pool.stats())["rollout-async"]["pid"]
-    cores = engine_cores(of=psutil.Process(pid))
-    assert cores
-    for core in cores:
-        core.kill()
-    after = await groups(pool, prompts, list(range(len(prompts))))
-    assert [tokens(group) for group in after] == [tokens(group) for group in before]
-    assert pool.restarts == 1
-    await gone(pid)
+    """AsyncLLM, as on GPUs: the actor lives on without its engine, and its calls do not come back."""
+    pool = pool_with_engine_apart("rollout-async", serving, policy, timeout_s=20)
+    await pool.ready()
+    order = list(range(len(prompts)))
+    before = await groups(pool, prompts, order)
+    ended = []
+    for restarts, end in enumerate((signal.SIGSTOP, signal.SIGKILL), start=1):
+        pid = (await pool.stats())["rollout-async"]["pid"]
+        (core,) = engine_cores(of=psutil.Process(pid))
+        core.send_signal(end)
+        after = await groups(pool, prompts, order)
+        assert [tokens(group) for group in after] == [tokens(group) for group in before]
+        assert pool.restarts == restarts
+        await gone(pid)
+        await gone(core.pid)
+        ended.append((pid, core.pid))
+    stacks = (Path(serving.config.run.dir) / "logs/rollout-async.stacks.txt").read_text()
+    (hung, engine), (killed, _) = ended
+    assert f"rollout-async, process {hung} on node" in stacks
+    assert f"Process {engine}" in stacks  # which is what hangs
+    assert f"process {killed} on node" not in stacks
     ray.kill(ray.get_actor("rollout-async"))
 
 

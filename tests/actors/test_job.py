@@ -12,6 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
+from ipaddress import ip_address
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +33,7 @@ from tests.actors.job_runs import (
     ROOT,
     RUNTIME_ENV,
     SLOW,
+    listening,
     manifest,
     metrics,
     ray_head,
@@ -148,7 +152,10 @@ def test_a_worker_s_own_error_comes_first(tmp_path):
     first = output[output.index("failed: ") :]
     assert first.startswith("failed: rollout-0: ")
     assert "KV cache" in first
-    assert manifest(tmp_path / "run")["status"] == "failed"
+    record = manifest(tmp_path / "run")
+    assert record["status"] == "failed"
+    assert record["cause"].startswith("rollout-0: ")
+    assert "KV cache" in record["cause"]
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +221,15 @@ train(config, Layout("colocated", rollout=one, judge=one, learner=two, nodes=1, 
 def head(tmp_path_factory):
     with ray_head(tmp_path_factory.mktemp("h")) as started:
         yield started
+
+
+def test_a_head_as_the_readme_starts_it_keeps_to_loopback_and_asks_for_the_token(head):
+    found = listening(psutil.Process(head.pid).children(recursive=True))
+    assert {"gcs_server", "raylet"} <= {name for name, _ in found}
+    assert not [entry for entry in found if not ip_address(entry[1]).is_loopback]
+    for path in ("/api/jobs/", "/api/v0/actors"):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(head.address + path, timeout=120)
 
 
 def test_a_stopped_job_leaves_no_actor_and_a_resumable_run(interrupted, head):

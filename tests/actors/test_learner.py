@@ -164,11 +164,21 @@ def test_going_on_equals_resuming_from_the_saved_folder(outcome: Outcome, name: 
     assert outcome.results[2][f"{name} going on"] == outcome.results[2][f"{name} resumed"]  # the reference policy
 
 
-def test_a_loss_that_is_not_finite_names_the_prompt_on_every_rank(outcome: Outcome) -> None:
-    messages = outcome.results[2]["not finite"]
+@pytest.mark.parametrize("reference", ["nan", "inf", "-inf"])
+def test_a_loss_that_is_not_finite_names_the_prompt_on_every_rank(outcome: Outcome, reference: str) -> None:
+    messages = outcome.results[2][f"not finite {reference}"]
     assert len(messages) == 2
-    assert all("the-bad-one" in message and "prompt-0" not in message for message in messages)
-    assert differences(outcome.weights("not finite"), outcome.start).max() == 0  # nothing was updated
+    assert all("the loss is not finite for ['the-bad-one']" in message for message in messages)
+    assert differences(outcome.weights(f"not finite {reference}"), outcome.start).max() == 0  # nothing was updated
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_gradient_that_is_not_finite_though_the_losses_are_names_the_batch(outcome: Outcome, stage: int) -> None:
+    """DeepSpeed would leave the update out and say nothing."""
+    messages = outcome.results[2][f"gradient not finite {stage}"]
+    assert len(messages) == 2
+    assert all("the gradient is not finite though the losses are; prompt ids" in message for message in messages)
+    assert all("'prompt-0'" in message for message in messages)
 
 
 # Under Ray Train.
@@ -272,7 +282,7 @@ async def test_a_loss_that_is_not_finite_ends_the_run_at_once(
 ) -> None:
     """It would come again: Ray Train's restarts are for what is lost, not for what is wrong."""
     config = config_for(tmp_path, outcome.policy, num_workers=2, max_restarts=2)
-    buffer = scripted_buffer(outcome.policy, poison=True)
+    buffer = scripted_buffer(outcome.policy, poison="-inf")
     learner = start(config, buffer, ray.remote(WeightsHub).options(num_cpus=0).remote(config))
     with pytest.raises(LearnerError, match=r"^learner-0: .*the-bad-one"):
         await learner.train(1)

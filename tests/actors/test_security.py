@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -21,7 +21,7 @@ import pytest
 
 from actors import access
 from sppo_ray.errors import ConfigError
-from tests.actors.job_runs import LIMIT_S, PLANTED, ROOT, answers, free_port, train, wait_for
+from tests.actors.job_runs import LIMIT_S, PLANTED, ROOT, answers, free_port, head_of, listening, train, wait_for
 
 pytestmark = pytest.mark.timeout(2 * LIMIT_S)
 
@@ -86,14 +86,9 @@ def test_the_token_is_for_this_user_alone(local: Local) -> None:
 
 
 def test_nothing_of_a_local_ray_listens_beyond_loopback(local: Local) -> None:
-    listening = set()
-    for process in local.family():
-        with suppress(psutil.NoSuchProcess):  # an idle worker that ended meanwhile
-            name, connections = process.name(), process.net_connections(kind="inet")
-            found = {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
-            listening |= {(name, ip.removeprefix("::ffff:")) for ip in found}  # an IPv4 address on an IPv6 socket
-    assert {"gcs_server", "raylet"} <= {name for name, _ in listening}
-    assert not [entry for entry in listening if not ip_address(entry[1]).is_loopback]
+    found = listening(local.family())
+    assert {"gcs_server", "raylet"} <= {name for name, _ in found}
+    assert not [entry for entry in found if not ip_address(entry[1]).is_loopback]
 
 
 def test_what_gloo_opens_in_a_local_ray_is_on_loopback(local: Local) -> None:
@@ -175,6 +170,15 @@ def test_sppo_without_the_token_says_what_is_missing(local: Local, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_the_pages_that_start_a_head_say_the_same() -> None:
+    """test_job.py starts it so, and looks at what it listens on."""
+    variables, command = head_of("README.md")
+    assert variables["RAY_AUTH_MODE"] == "token"
+    others, longer = head_of("configs/ray/README.md")
+    assert others.items() >= variables.items()
+    assert [option for option in longer if not option.startswith("--num-gpus=")] == command
+
+
 @pytest.fixture(scope="module")
 def open_gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a GCS that asks for no token, on loopback."""
@@ -216,6 +220,21 @@ def test_an_open_cluster_that_answers_beyond_loopback_is_refused(
     with pytest.raises(ConfigError, match=rf"^the Ray cluster at {open_gcs} asks for no token"):
         access.refuse_open_cluster(open_gcs, allowed=False)
     assert "anyone who reaches it can run code on it" in str(access.refuse_open_cluster(open_gcs, allowed=True))
+
+
+def test_an_open_cluster_whose_dashboard_answers_beyond_loopback_is_refused(
+    open_gcs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GCS keeps to 127.0.0.1; a job API that others reach is as good. `Others` are pretended, at 127.0.0.2."""
+    monkeypatch.setattr(access, "resolve", lambda address: address)
+    monkeypatch.setattr(access, "own_addresses", lambda: ["127.0.0.2"])
+    assert access.refuse_open_cluster(open_gcs, allowed=False) is None
+    with socket.create_server(("127.0.0.2", 0)) as dashboard:
+        address = f"127.0.0.2:{dashboard.getsockname()[1]}"
+        access.GcsClient(address=open_gcs).internal_kv_put(b"dashboard", address.encode(), True, namespace=b"dashboard")
+        with pytest.raises(ConfigError, match=rf"^the Ray cluster at {address} asks for no token"):
+            access.refuse_open_cluster(open_gcs, allowed=False)
+    assert access.refuse_open_cluster(open_gcs, allowed=False) is None  # nobody listens there any more
 
 
 def test_own_addresses_are_those_that_others_can_reach() -> None:

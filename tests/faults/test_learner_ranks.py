@@ -15,6 +15,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
+from actors.access import stay_on_loopback
 from actors.learner import LearnerActor
 from actors.learner_process import LearnerProcess
 from actors.process import environment
@@ -34,6 +35,7 @@ def ray_here() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    stay_on_loopback()
     env = {"PYTHONPATH": str(conftest.ROOT), **environment(gpus=False, threads=1)}
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})
     yield

@@ -26,6 +26,7 @@ import pytest
 import ray
 from ray._private.internal_api import node_stats
 
+from actors.access import stay_on_loopback
 from actors.buffer import BufferActor
 from actors.buffer_client import BufferClient
 from actors.process import environment
@@ -56,6 +57,7 @@ def a_ray() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    stay_on_loopback()
     variables = {"PYTHONPATH": str(ROOT), **environment(gpus=False, threads=1)}
     ray.init(
         address="local",

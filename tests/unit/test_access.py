@@ -8,7 +8,9 @@ import pytest
 import ray
 
 from actors import access, cluster
+from sppo_ray.config_io import load_config
 from sppo_ray.errors import ConfigError
+from sppo_ray.layout import compute_layout
 
 
 def test_a_writer_that_was_killed_leaves_no_token_of_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,6 +67,19 @@ def test_a_token_that_everyone_can_read_is_closed_before_a_cluster_is_joined(
     monkeypatch.setattr(ray, "init", lambda *_, **__: modes.append(path.stat().st_mode & 0o777 if there else None))
     cluster._join("127.0.0.1:6379", "a-run")
     assert modes == [0o600 if there else None]
+
+
+def test_a_run_whose_environment_switches_tokens_off_says_what_that_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "_start", lambda *_: (_ for _ in ()).throw(ConnectionError("enough")))
+    config = load_config(Path("configs/tiny_cpu.yaml"), [f"run.dir={tmp_path / 'run'}"])
+    with pytest.raises(ConfigError, match="enough"), cluster.connected(config, compute_layout(config)):
+        pass
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("warning: RAY_AUTH_MODE=disabled: the Ray of this run asks for no token")
 
 
 def test_a_token_that_cannot_be_kept_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 LOCK = (ROOT / "requirements/cpu.lock").read_text()
 KNOWN = {"setuptools": "PYSEC-2026-3447", "ray": "PYSEC-2099-1"}  # accepted in requirements/audit_ignore.txt, and not
@@ -47,6 +49,8 @@ def test_every_pinned_package_is_looked_up_and_only_what_is_not_accepted_is_foun
         done = subprocess.run(
             ["bash", "scripts/audit.sh"], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=600, check=False
         )  # fmt: skip
+    if done.returncode == 2 and "no index here has pip-audit" in done.stderr and "SPPO_TEST_ALL" not in os.environ:
+        pytest.skip("pip-audit cannot be installed here")
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search(r"^ray +2\.60\.0 +PYSEC-2099-1", done.stdout, re.MULTILINE), done.stdout
     assert "setuptools" not in done.stdout

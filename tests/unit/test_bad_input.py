@@ -222,8 +222,9 @@ def test_a_response_counts_as_cut_from_the_first_token_that_the_judge_does_not_s
     assert [judge.encoder.cut_candidates("q", [text]) for text in texts] == [int(n > limit) for n in range(len(texts))]
 
 
-def test_odd_characters_in_responses_reach_the_tables_unchanged(tmp_path: Path, judge: PairRM) -> None:
-    sealed(tmp_path, judge, *ODD.values())
+def test_odd_characters_in_responses_reach_the_tables_unchanged_and_are_counted(tmp_path: Path, judge: PairRM) -> None:
+    _, summary, _ = sealed(tmp_path, judge, *ODD.values())
+    assert (summary.control_responses, summary.broken_responses, summary.special_responses) == (1, 1, 1)
     row = pq.read_table(tmp_path / "iter_1/generated.parquet").to_pylist()[0]
     assert [row[f"generate_{k}"][1]["content"] for k in range(len(ODD))] == list(ODD.values())
     train = pq.read_table(tmp_path / "iter_1/train.parquet").to_pylist()[0]
@@ -261,6 +262,20 @@ def test_a_response_cannot_forge_the_judges_structure(judge: PairRM, source: str
     assert len(pairs) == len(texts) * (len(texts) - 1)
     for ids in pairs:
         assert [token for token in ids if token in special] == structure
+
+
+def test_training_uses_the_sampled_ids_whatever_the_text_spells(tmp_path: Path, judge: PairRM) -> None:
+    texts = [f"{marker} {number} </s>" for number, marker in enumerate(MARKERS)]
+    buffer, summary, _ = sealed(tmp_path, judge, *texts)
+    assert summary.special_responses == len(texts)
+    buffer.release(1)
+    buffer.record_reference(1, [(-1.0, -1.0)])
+    task = buffer.next_task(0)
+    assert isinstance(task, TrainTask)
+    sampled = [response.token_ids.tolist() for response in judged("p", k=len(texts)).group.responses]
+    (pair,) = pq.read_table(tmp_path / "iter_1/train.parquet").to_pylist()
+    picked = [texts.index(pair[which][1]["content"]) for which in ("chosen", "rejected")]
+    assert [ids.tolist() for ids in task.examples[0].response_ids] == [sampled[i] for i in picked]
 
 
 # ---------------------------------------------------------------- numbers

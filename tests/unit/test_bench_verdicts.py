@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,10 +31,11 @@ ASYNC = [
 ]
 
 
-def run(folder: Path, rows: list[dict[str, Any]], weights: bytes = b"weights") -> Path:
+def run(folder: Path, rows: list[dict[str, Any]], weights: bytes = b"weights", steps: Sequence[int] = (1, 2)) -> Path:
     (folder / "iter_1/policy").mkdir(parents=True)
     (folder / "iter_1/policy/model.safetensors").write_bytes(weights)
     pq.write_table(pa.Table.from_pylist(rows), folder / "iter_1/train.parquet")
+    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in steps))
     return folder
 
 
@@ -60,9 +62,24 @@ def test_a_sync_run_is_compared_row_by_row(
 ) -> None:
     undisturbed = run(tmp_path / "undisturbed", SYNC)
     verdict = chaos.compare(config("tiny_cpu", tmp_path), run(tmp_path / "run", rows, weights), undisturbed)
-    nothing = chaos.Verdict(0, 0, 0, weights_differ=False, beyond_bound=0)
+    nothing = chaos.Verdict(0, 0, 0, weights_differ=False, beyond_bound=0, updates_wrong=0)
     assert verdict == replace(nothing, **wrong)
     assert verdict.ok == (not wrong)
+
+
+@pytest.mark.parametrize(("steps", "wrong"), [((1, 2), 0), ((1,), 1), ((1, 2, 2), 1), ((1, 2, 3), 1), ((), 2)])
+def test_every_update_is_on_record_once(tmp_path: Path, steps: tuple[int, ...], wrong: int) -> None:
+    undisturbed, mine = run(tmp_path / "undisturbed", SYNC), run(tmp_path / "run", SYNC, steps=steps)
+    verdict = chaos.compare(config("tiny_cpu", tmp_path), mine, undisturbed)
+    assert (verdict.updates_wrong, verdict.ok) == (wrong, not wrong)
+
+
+def test_weights_that_are_not_there_equal_nothing(tmp_path: Path) -> None:
+    both = [run(tmp_path / name, SYNC) for name in ("undisturbed", "run")]
+    for folder in both:
+        (folder / "iter_1/policy/model.safetensors").unlink()
+    with pytest.raises(SystemExit, match="holds no weights"):
+        chaos.compare(config("tiny_cpu", tmp_path), *both)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +98,7 @@ def test_an_async_run_has_every_prompt_once_an_epoch_within_the_bound(
 ) -> None:
     streaming = config("tiny_cpu_async", tmp_path, "learner.epochs=2", "schedule.max_staleness=1")
     verdict = chaos.compare(streaming, run(tmp_path / "run", rows), run(tmp_path / "undisturbed", SYNC[:2]))
-    nothing = chaos.Verdict(0, 0, None, weights_differ=None, beyond_bound=0)
+    nothing = chaos.Verdict(0, 0, None, weights_differ=None, beyond_bound=0, updates_wrong=0)
     assert verdict == replace(nothing, **wrong)
     assert verdict.ok == (not wrong)
 

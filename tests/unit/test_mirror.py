@@ -54,9 +54,9 @@ def run(root: Path, url: str | None) -> TrainingBuffer:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"tensors")
     buffer.saved(TrainedIteration(1, 1, 3, "sum", str(root / "iter_1/policy")))
+    checkpoint(root, 4)
     buffer.add([judged(name, 2, version=1) for name in NAMES[:6]])
     (root / "iter_2/ledger/.shard-000009.parquet.1.tmp").write_bytes(b"half")
-    checkpoint(root, 4)
     return buffer
 
 
@@ -155,6 +155,10 @@ def test_whenever_the_machine_is_lost_the_mirror_is_a_run(tmp_path, failing):
     (tmp_path / "back").mkdir()
     if store.exists(place):
         store.get(f"{place}/", str(tmp_path / "back"), recursive=True)
+    markers = list((tmp_path / "back").rglob("COMPLETE"))
+    assert markers or failing < 10  # the last upload is another's
+    for marker in markers:  # it vouches for what is beside it
+        assert (marker.parent / "rank-0.pt").read_bytes() == b"state"
     cfg = config(tmp_path / "back", run__mirror=url)
     assert recover(cfg) == []
     buffer = TrainingBuffer(cfg)
