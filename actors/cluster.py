@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,9 @@ def connected(config: Config, layout: Layout) -> Iterator[Connection]:
             f"no Ray cluster answers at {address}: {error}. Check cluster.address and the token."
         ) from None
     try:
+        signal.signal(
+            signal.SIGTERM, signal.default_int_handler
+        )  # again Ctrl-C: ray.init() has installed its own handler
         _check_resources(layout, address)
         url = f"http://{context.dashboard_url}" if context.dashboard_url else None
         yield Connection(namespace, url, local=not address)

@@ -82,7 +82,7 @@ def _told(error: BaseException) -> str:
 async def _train(config: Config, layout: Layout, checked: Preflight, console: Console, mirror: Mirror | None) -> None:
     task = asyncio.current_task()
     assert task is not None
-    # After ray.init(), which installs a handler of its own: `ray job stop` sends SIGTERM, and the actors end with us.
+    # `ray job stop` sends SIGTERM, and the actors end with us.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     with _display(config, checked, console) as progress:
         await _alone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ Overrides = Annotated[
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Console script. Ends the process with the exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` sends it: the same as Ctrl-C
     app(args=None if arguments is None else list(arguments))
 
 
@@ -131,7 +133,8 @@ def _config_of(config: Path | None, resume: bool, overrides: Sequence[str]) -> C
         config = user_path(named[-1]) / "config.yaml"
         if not config.exists():
             raise ConfigError(
-                f"--resume run.dir={named[-1]}: there is no config.yaml in it, so no run was begun there."
+                f"--resume run.dir={named[-1]}: there is no config.yaml in it, so no run was begun there. Name a run's own "
+                "directory, or begin one with --config FILE."
             )
     resolved = load_config(config, overrides)
     if resume and not (Path(resolved.run.dir) / "config.yaml").exists():

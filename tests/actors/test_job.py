@@ -158,6 +158,18 @@ def test_a_worker_s_own_error_comes_first(tmp_path):
     assert "KV cache" in record["cause"]
 
 
+@pytest.mark.parametrize("line", ["prompts: ", "Ray dashboard: "])
+def test_a_run_that_is_told_to_stop_before_it_works_ends_in_order(tmp_path, line):
+    process = sppo(*train(tmp_path / "run"))
+    next(said for said in process.stdout if said.startswith(line))
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 1, output
+    assert "goes on where the run stopped" in output
+    assert not psutil.wait_procs(family, timeout=120)[1]
+
+
 @pytest.fixture(scope="module")
 def interrupted(whole, tmp_path_factory) -> Path:
     """A run ended by Ctrl-C while its second iteration is being sampled; leaves no process."""
