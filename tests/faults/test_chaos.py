@@ -73,6 +73,5 @@ def after_chaos(
 
 def assert_all_is_counted(found: list[dict[str, Any]]) -> None:
     assert sum(run["restarts"]["run"] for run in found) >= 2  # by driver and power at least
-    assert sum(run["restarts"][role] for run in found for role in ("rollout", "judge", "learner")) >= 1
     assert all(run["groups_generated"] == run["groups_trained"] == 2 * PROMPTS for run in found)
     assert all(run["groups_sampled"] >= run["groups_generated"] for run in found)
