@@ -52,9 +52,8 @@ def connected(config: Config, layout: Layout) -> Iterator[Connection]:
             f"no Ray cluster answers at {address}: {error}. Check cluster.address and the token."
         ) from None
     try:
-        signal.signal(
-            signal.SIGTERM, signal.default_int_handler
-        )  # again Ctrl-C: ray.init() has installed its own handler
+        # Again the same as Ctrl-C: ray.init() has installed a handler of its own.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         _check_resources(layout, address)
         url = f"http://{context.dashboard_url}" if context.dashboard_url else None
         yield Connection(namespace, url, local=not address)

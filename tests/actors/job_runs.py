@@ -176,6 +176,16 @@ def head_of(page: str) -> tuple[dict[str, str], list[str]]:
     return variables, shlex.split(command)
 
 
+def titled(title: str, processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those of them whose command line, which Ray and vLLM overwrite with a title, holds `title`."""
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 def listening(processes: list[psutil.Process]) -> set[tuple[str, str]]:
     """(name of the process, address) of all on which they take connections."""
     found = set()

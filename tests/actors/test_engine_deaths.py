@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from serving_factory import Serving, gone, groups, start_worker, tokens
 
 from actors.pool import RolloutPool
 from sppo_ray.types import Prompt
+from tests.actors.job_runs import titled
 
 
 def pool_with_engine_apart(name: str, serving: Serving, policy: Path, **rollout_settings: Any) -> RolloutPool:
@@ -28,12 +28,7 @@ def pool_with_engine_apart(name: str, serving: Serving, policy: Path, **rollout_
 
 
 def engine_cores(of: psutil.Process) -> set[psutil.Process]:
-    found = set()
-    for process in of.children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if "EngineCore" in " ".join(process.cmdline()):
-                found.add(process)
-    return found
+    return set(titled("EngineCore", of.children(recursive=True)))
 
 
 async def test_a_worker_whose_engine_hangs_or_is_killed_is_replaced_and_the_engine_ends_with_it(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from contextlib import suppress
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from tests.actors.job_runs import LIMIT_S, ROOT, SLOW, shards, train, wait_for
+from tests.actors.job_runs import LIMIT_S, ROOT, SLOW, shards, titled, train, wait_for
 
 # A run gives it five minutes to answer; here twenty seconds, once all actors serve.
 IMPATIENT = """
@@ -48,12 +47,3 @@ def test_a_buffer_that_hangs_is_named_and_the_run_goes_on(whole, tmp_path):
     for iteration in (1, 2):
         mine, undisturbed = (pq.read_table(f / f"iter_{iteration}/train.parquet") for f in (run_dir, whole[0]))
         assert mine.equals(undisturbed)
-
-
-def titled(title: str, processes: list[psutil.Process]) -> list[psutil.Process]:
-    found = []
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            if title in " ".join(process.cmdline()):
-                found.append(process)
-    return found
