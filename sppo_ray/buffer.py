@@ -19,7 +19,7 @@ from sppo_ray.batching import batches, epoch_order
 from sppo_ray.config import Config
 from sppo_ray.errors import SppoError
 from sppo_ray.ledger import Ledger
-from sppo_ray.odd_text import holds_control, holds_no_character, looks_special
+from sppo_ray.odd_text import holds_control, holds_emoji, holds_no_character, holds_right_to_left, looks_special
 from sppo_ray.tables import SealedRow, examples_of
 from sppo_ray.types import (
     JudgedGroup,
@@ -217,6 +217,8 @@ def summarise(table: pa.Table, iteration: int, config: Config, steps: int) -> Sl
         control_responses=sum(map(holds_control, responses)),
         broken_responses=sum(map(holds_no_character, responses)),
         special_responses=sum(map(looks_special, responses)),
+        right_to_left_responses=sum(map(holds_right_to_left, responses)),
+        emoji_responses=sum(map(holds_emoji, responses)),
         order_inconsistency=float(order_inconsistency(logits).mean()),
         cycle_rate=float(has_cycle(logits).mean()),
         steps=steps,

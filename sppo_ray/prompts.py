@@ -17,7 +17,7 @@ from typing import Any
 from sppo_ray.config import Config
 from sppo_ray.errors import ConfigError
 from sppo_ray.given import is_unicode, shown
-from sppo_ray.odd_text import holds_control
+from sppo_ray.odd_text import holds_control, holds_emoji, holds_right_to_left
 from sppo_ray.prompt_sources import Row, read_rows
 from sppo_ray.templating import PromptEncoder, encoder_of
 from sppo_ray.types import Prompt
@@ -42,6 +42,8 @@ class PromptReport:
     overlong_cut: int = 0  # data.overlong=keep_last
     cut_for_judge: int = 0  # longer than the judge's source limit: whole for the policy, cut for the judge
     control: int = 0  # hold control characters: kept as they are
+    right_to_left: int = 0  # hold text of that direction: kept as it is
+    emoji: int = 0  # kept as they are
     special_strings: int = 0  # hold a special token's string: kept, the string read as plain text
     imitations: int = 0  # hold what ends the user's turn where the chat template writes that in plain text: kept
     prompts: int = 0  # in all slices, after everything above
@@ -58,6 +60,8 @@ class PromptReport:
             "overlong cut to their last tokens": self.overlong_cut,
             "cut for the judge": self.cut_for_judge,
             "with control characters (kept)": self.control,
+            "with right-to-left text (kept)": self.right_to_left,
+            "with emoji (kept)": self.emoji,
             "with special tokens' strings (read as plain text)": self.special_strings,
             "that imitate the chat template's plain text (kept)": self.imitations,
         }
@@ -128,6 +132,8 @@ def load_texts(
             where_of_id[prompt_id] = row.where
             texts.add(text)
             report.control += holds_control(text)
+            report.right_to_left += holds_right_to_left(text)
+            report.emoji += holds_emoji(text)
             kept.append(RawPrompt(prompt_id, text))
     return kept
 

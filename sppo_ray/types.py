@@ -175,6 +175,8 @@ class SliceSummary:
     control_responses: int = 0  # hold control characters
     broken_responses: int = 0  # hold U+FFFD, for bytes that are no character
     special_responses: int = 0  # hold a string that is spelt as special tokens are
+    right_to_left_responses: int = 0
+    emoji_responses: int = 0
 
 
 @dataclass(frozen=True, slots=True)

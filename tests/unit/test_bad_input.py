@@ -64,13 +64,16 @@ def test_control_characters_in_a_prompt_are_kept_and_counted(tmp_path: Path) -> 
     assert "2 with control characters (kept)" in found.report.summary()
 
 
-@pytest.mark.parametrize("name", ["right to left", "emoji", "replacement"])
-def test_any_script_passes_unchanged(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "counts"), [("right to left", (1, 0)), ("emoji", (0, 1)), ("replacement", (0, 0))])
+def test_any_script_passes_unchanged_and_is_counted(tmp_path: Path, name: str, counts: tuple[int, int]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "policy")
     found = prepared(tmp_path, tokenizer, ODD[name], "another")
     (prompt,) = (p for s in found.slices for p in s if p.text == ODD[name])
     assert prompt.text in tokenizer.decode(prompt.token_ids.tolist())
     assert found.report.control == 0
+    assert (found.report.right_to_left, found.report.emoji) == counts
+    assert ("1 with right-to-left text (kept)" in found.report.summary()) == counts[0]
+    assert ("1 with emoji (kept)" in found.report.summary()) == counts[1]
 
 
 def test_special_strings_in_a_prompt_are_plain_text_and_counted(tmp_path: Path) -> None:
@@ -225,6 +228,7 @@ def test_a_response_counts_as_cut_from_the_first_token_that_the_judge_does_not_s
 def test_odd_characters_in_responses_reach_the_tables_unchanged_and_are_counted(tmp_path: Path, judge: PairRM) -> None:
     _, summary, _ = sealed(tmp_path, judge, *ODD.values())
     assert (summary.control_responses, summary.broken_responses, summary.special_responses) == (1, 1, 1)
+    assert (summary.right_to_left_responses, summary.emoji_responses) == (1, 1)
     row = pq.read_table(tmp_path / "iter_1/generated.parquet").to_pylist()[0]
     assert [row[f"generate_{k}"][1]["content"] for k in range(len(ODD))] == list(ODD.values())
     train = pq.read_table(tmp_path / "iter_1/train.parquet").to_pylist()[0]
