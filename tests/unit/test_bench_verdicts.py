@@ -103,6 +103,14 @@ def test_an_async_run_has_every_prompt_once_an_epoch_within_the_bound(
     assert verdict.ok == (not wrong)
 
 
+AT_5 = {
+    "judge": (400.0, 50, 30, 4, 7),
+    "raylet": (20.0, 90, 33, 4, 1),
+    soak.IN_USE: (4.0, 0, 0, 0, 0),
+    soak.TOUCHED: (9.0, 0, 0, 0, 0),
+}
+
+
 @pytest.mark.parametrize(
     ("later", "found"),
     [
@@ -118,11 +126,25 @@ def test_an_async_run_has_every_prompt_once_an_epoch_within_the_bound(
         ),
         ({"judge": (200.0, 20, 10, 4, 8)}, ["judge: is another process at 60 minutes"]),
         ({}, ["judge: was not there at every reading"]),
+        ({"judge": AT_5["judge"], "raylet": (22.1, 90, 33, 6, 1)}, []),  # 3 % and two threads of gRPC's
+        (
+            {"judge": AT_5["judge"], "raylet": (22.2, 90, 33, 6, 1)},
+            ["raylet: MiB grew from 20 to 22.2 at 60 minutes"],
+        ),
+        ({"judge": AT_5["judge"], "raylet": (20.7, 90, 33, 3, 1)}, ["raylet: MiB grew from 20 to 20.7 at 60 minutes"]),
+        ({"judge": AT_5["judge"], soak.TOUCHED: (11.2, 0, 0, 0, 0)}, []),
+        (
+            {"judge": AT_5["judge"], soak.TOUCHED: (11.4, 0, 0, 0, 0)},
+            [f"{soak.TOUCHED}: MiB grew from 9 to 11.4 at 60 minutes"],
+        ),
+        (
+            {"judge": AT_5["judge"], soak.IN_USE: (4.2, 0, 0, 0, 0)},
+            [f"{soak.IN_USE}: MiB grew from 4 to 4.2 at 60 minutes"],
+        ),
     ],
 )
 def test_what_has_grown_in_an_hour(later: dict[str, Any], found: list[str]) -> None:
-    raylet = {"raylet": (20.0, 90, 33, 4, 1)}  # small: 2 MiB more are not counted
-    readings = {5.0: raylet | {"judge": (400.0, 50, 30, 4, 7)}, 60.0: {"raylet": (22.0, 90, 33, 5, 1)} | later}
+    readings = {5.0: AT_5, 60.0: {name: each for name, each in AT_5.items() if name != "judge"} | later}
     named = {mark: {name: soak.Figures(*each) for name, each in reading.items()} for mark, reading in readings.items()}
     assert soak._grown(named, 0.03) == found
 
