@@ -6,6 +6,7 @@ Made inside Ray Train's ranks, which Ray Train starts again after a failure, and
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,8 @@ from sppo_ray.checkpoints import clear, fits, new_checkpoint, newest
 from sppo_ray.config import Config
 from sppo_ray.storage import Storage, StorageError
 from sppo_ray.types import ResumePoint, TrainTask
+
+log = logging.getLogger(__name__)
 
 SHARD_BYTES = 1 << 30
 
@@ -88,7 +91,10 @@ class Checkpoints:
         """Its policy is saved: its checkpoints are needed no more."""
         self._wait()
         if self._ranks.first:
-            clear(self._root)
+            try:
+                clear(self._root)
+            except OSError as error:  # nobody goes on from them, and the next iteration clears them too
+                log.warning("old checkpoints in %s stay for now: %s", self._root, error)
 
     def _wait(self) -> int | None:
         """Until nothing is being written: the step of what was, on every rank. Raises StorageError if it could not be."""

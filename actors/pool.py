@@ -121,6 +121,11 @@ class RolloutPool(Pool):
         up = sum(worker.up for worker in self._workers.all)
         return self._in_flight * max(1, up)  # while all restart, calls wait for the first that returns
 
+    @property
+    def lost_groups(self) -> int:
+        """Groups that a worker had when it died. They are sampled again."""
+        return self._workers.lost_calls["generate"]
+
     async def generate(
         self, prompt: Prompt, sampling: Sampling, iteration: int, epoch: int = 0, protected: bool = False
     ) -> Handle:

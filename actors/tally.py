@@ -20,8 +20,9 @@ EVERY_S = 2.0  # what a killed driver loses of the counts
 
 class Tally:
     """restarts, by role: times a worker, the learner's ranks, or all actors (`run`) were started again.
-    groups_sampled: with those sampled again. updates_repeated: updates the learner made again after a restart. Lower bounds:
-    what a killed driver had not written yet is not in them."""
+    groups_sampled: with those sampled again, and those that a worker died with. updates_repeated: updates the learner made again
+    after a restart. Lower bounds: what a killed driver had not written yet, and the restarts of workers in an attempt that ended
+    before all served, are not in them."""
 
     def __init__(self, root: Path, held: int) -> None:
         """After the run directory is claimed for this attempt. held: groups that are on disk already."""
@@ -60,6 +61,6 @@ class Tally:
             update_manifest(
                 self._root,
                 restarts=restarts,
-                groups_sampled=self._sampled + progress.groups,
+                groups_sampled=self._sampled + progress.groups + now.rollout.lost_groups,
                 updates_repeated=self._repeated + self.seen.updates_repeated,
             )

@@ -7,6 +7,7 @@ worker is simply made again, here or on the worker started in its place: the gro
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
@@ -43,6 +44,7 @@ class Workers:
         self.all = [Worker(name, handle) for name, handle in handles.items()]
         self.revival = Revival(create, rejoin, max_restarts, run_dir)
         self._leaving: list[Worker] = []  # no more in `all`, but with calls
+        self.lost_calls: Counter[str] = Counter()  # by method: with the workers that had them
         self._timeout_s = timeout_s
         self._watch: asyncio.Task[None] | None = None
 
@@ -79,6 +81,7 @@ class Workers:
                 raise failure(worker.name, error) from error
             except DEATHS as error:
                 others = worker.load
+                self.lost_calls[method] += 1
                 self.revival.lost(worker, handle, error)
                 first = first or (worker.name, worker.cause or error)
                 ill.add(_node(worker))

@@ -106,13 +106,8 @@ class Ledger:
     # Batches (async).
 
     def append_batch(self, batch: CutBatch) -> None:
-        """On disk when this returns or, if the disk refuses it now, when `settle_batches` does: this does not wait. A batch
-        is handed out after that, so a learner that restarts gets the same one again."""
-        if not self._unwritten:
-            try:
-                return self._batch_file(batch.iteration).append(dataclasses.asdict(batch))
-            except OSError as error:
-                log.warning("batch %d could not be written at once: %s", batch.step, error)
+        """On disk when `settle_batches` returns: this does not wait for the disk. A batch is handed out after that, so a
+        learner that restarts gets the same one again."""
         self._unwritten.append(batch)
 
     def settle_batches(self) -> None:

@@ -4,7 +4,8 @@ What is copied is what a run needs to go on elsewhere, and its results: config, 
 policies, checkpoints. Not copied: `logs/`, `weights/` (they pass through), temporary files, what was set aside as damaged.
 Copied back to an empty folder, the mirror is a run directory that `sppo train --resume` takes.
 
-Files are uploaded in the order in which they were written, and an upload that fails ends the pass. So a marker that is
+Config, manifest and metrics are uploaded first: a learner that goes on from a checkpoint does not make the lines before it again.
+The other files follow in the order in which they were written, and an upload that fails ends the pass. So a marker that is
 written last (sealed.json, trained.json, COMPLETE) is never in the mirror before what it marks. Nothing is deleted there but
 checkpoints that are no longer kept in the run directory.
 """
@@ -47,7 +48,7 @@ LEFT_OUT = ("logs", "weights")
 OWN = re.compile(
     r"(config\.yaml|manifest\.json|metrics\.jsonl|scale\.json|iter_\d+|checkpoints)(\.part)?"
 )  # at the top of a mirror
-MARKERS = (SEALED, TRAINED, "COMPLETE")
+FIRST, MARKERS = ("config.yaml", "manifest.json", "metrics.jsonl"), (SEALED, TRAINED, "COMPLETE")
 # Where a file appears when its upload is complete; elsewhere it is uploaded beside its place and renamed.
 WHOLE_AT_ONCE = {"s3", "s3a", "gs", "gcs", "abfs", "adl", "az", "oss", "oci", "tos", "hf", "memory"}
 
@@ -170,9 +171,11 @@ class Mirror:
         return {name: mark for name, mark in state["files"].items() if sizes.get(name) == mark[0]}
 
     def _changed(self) -> Iterator[tuple[str, Path, Mark]]:
-        """Files that the mirror lacks or has an older state of, in the order in which they were written."""
+        """Files that the mirror lacks or has an older state of, FIRST ones first, then in the order in which they were written."""
         found = [(path, mark) for path in _files(self._root) if (mark := _mark(path)) is not None]
-        for path, mark in sorted(found, key=lambda item: (item[1][1], item[0].name in MARKERS)):
+        for path, mark in sorted(
+            found, key=lambda item: (item[0].name not in FIRST, item[1][1], item[0].name in MARKERS)
+        ):
             name = path.relative_to(self._root).as_posix()
             if (self._mirrored or {}).get(name) != mark:
                 yield name, path, mark
@@ -228,8 +231,9 @@ def _refuse_folder(said: str, folder: Path, root: Path) -> None:
     if folder == root or root in folder.parents:
         raise ConfigError(f"{said} lies in run.dir={root}; name a place outside of it.")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    # Hidden ones and the next are what file systems put there.
-    foreign = sorted(name for name in names - {"lost+found"} if not (name.startswith(".") or OWN.fullmatch(name)))
+    # Hidden ones and the next are what file systems put there. Of a run that is not there yet nothing can be in a mirror.
+    own = OWN if "started" in read_manifest(root) else re.compile("manifest.json")  # whose it is is asked next
+    foreign = sorted(name for name in names - {"lost+found"} if not (name.startswith(".") or own.fullmatch(name)))
     if "manifest.json" not in names and any(not (root / name).exists() for name in foreign):
         raise ConfigError(
             f"{said} holds other things ({foreign[0]}), which might be overwritten; name a folder of its own."
@@ -265,7 +269,7 @@ def check_mirror(config: Config) -> None:
         raise ConfigError(
             f"{said} does not answer: {type(error).__name__}: {error}. Check the address and the rights."
         ) from error
-    if there != read_manifest(root).get("started"):
+    if there is None or there != read_manifest(root).get("started"):
         raise ConfigError(
             f"{said} holds another run; name a folder of its own, or copy that run to {root} to go on with it."
         )

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 from rich.console import Console
 from rich.table import Table
 
@@ -150,8 +151,15 @@ def _store_in_use(raylet: psutil.Process) -> float:
     (port,) = Path(session).glob("metrics_export_port_*")
     with urllib.request.urlopen(f"http://127.0.0.1:{port.read_text()}/metrics", timeout=30) as page:
         families = text_string_to_metric_families(page.read().decode())
-    samples = (sample for family in families if family.name == "ray_object_store_memory" for sample in family.samples)
-    return sum(sample.value for sample in samples if sample.labels["Location"].startswith("MMAP")) / 2**20
+    samples = [sample for family in families if family.name == "ray_object_store_memory" for sample in family.samples]
+    return sum(_in_memory(samples)) / 2**20
+
+
+def _in_memory(samples: list[Sample]) -> list[float]:
+    """Bytes by state. An object in a worker's own heap is of that worker's memory."""
+    if not (found := [sample.value for sample in samples if sample.labels["Location"].startswith("MMAP")]):
+        sys.exit("the node's metrics do not say what is in the object store: this Ray has other names for it")
+    return found
 
 
 def _store_touched(raylet: psutil.Process) -> float:
@@ -161,6 +169,8 @@ def _store_touched(raylet: psutil.Process) -> float:
         with contextlib.suppress(OSError):
             if "plasma" in str(link.readlink()):
                 blocks += link.stat().st_blocks
+    if not blocks:
+        sys.exit(f"{raylet} has no open file of the object store, or one that nothing was written to")
     return blocks * 512 / 2**20
 
 

@@ -256,11 +256,11 @@ def test_a_stopped_job_leaves_no_actor_and_a_resumable_run(interrupted, head):
     assert manifest(interrupted)["status"] == "interrupted"
 
 
-def test_an_interrupted_run_goes_on_as_a_ray_job_and_ends_the_same(whole, interrupted, head):
-    """From its directory alone, in which the end of a file is missing by now; without our runtime env."""
+def test_an_interrupted_run_goes_on_as_a_ray_job_and_ends_the_same(whole, interrupted, head, tmp_path):
+    """From its directory alone, in which the end of a file is missing by now; without our runtime env, mirrored from now on."""
     shard = min((interrupted / "iter_2/ledger").glob("shard-*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    faster = ("rollout.in_flight=8", "buffer.flush_s=0.2")
+    faster = ("rollout.in_flight=8", "buffer.flush_s=0.2", f"run.mirror=file://{tmp_path}/mirror")
     job = head.submit(
         "--resume", f"run.dir={interrupted}", "rollout.num_workers=2", "judge.num_workers=2", *faster, options=()
     )
@@ -285,5 +285,13 @@ def test_an_interrupted_run_goes_on_as_a_ray_job_and_ends_the_same(whole, interr
             assert one.equals(other), (t, name)
         weights = [(f / f"iter_{t}/policy/model.safetensors").read_bytes() for f in (whole[0], interrupted)]
         assert weights[0] == weights[1]
+    for name in (
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "iter_2/train.parquet",
+        "iter_2/policy/model.safetensors",
+    ):
+        assert (tmp_path / "mirror" / name).read_bytes() == (interrupted / name).read_bytes()
     assert "worker died" not in job.stdout + job.stderr  # Ray tells of every process that ends unexpectedly
     wait_for(lambda: not head.alive(), timeout=180, found=head.alive)

@@ -49,8 +49,10 @@ def test_a_worker_that_dies_while_it_starts_is_started_again_and_so_are_all_with
 
 @pytest.mark.timeout(LIMIT_S + CHAOS_LIMIT_S + 60)
 def test_async_every_kind_is_killed_and_the_bound_holds(whole, tmp_path):
-    """A publish and a checkpoint after every update, two ranks, groups up to two versions old; in the Ray that a run starts."""
+    """A publish and a checkpoint after every update, two ranks, two epochs, groups up to two versions old; in the Ray that a run
+    starts."""
     options = [
+        "learner.epochs=2", "data.limit=24",
         "learner.checkpoint_every=1", "weights.publish_every=1", "schedule.max_staleness=2", "learner.num_workers=2",
     ]  # fmt: skip
     assert_all_is_counted(after_chaos(tmp_path, "tiny_cpu_async", KINDS, undisturbed=whole[0], seed=4, options=options))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 
@@ -20,7 +21,9 @@ def test_a_node_dies(whole, tmp_path, lost):
     command = [sys.executable, "-m", "tests.faults.two_nodes", lost, str(tmp_path / "run"), *SMALL, *SLOW]
     environ = os.environ | {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": "a-token-for-this-test-of-thirty-two-characters",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # both nodes keep to loopback
+        "GLOO_SOCKET_IFNAME": "lo",
         "RAY_scheduler_spread_threshold": "0",  # workers on both nodes; by default a node is filled by half first
     }
     done = subprocess.run(

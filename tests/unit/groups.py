@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from sppo_ray.async_buffer import AsyncBuffer
 from sppo_ray.config import Config
 from sppo_ray.config_io import build_config
 from sppo_ray.seeds import derive
-from sppo_ray.types import JudgedGroup, Prompt, Response, ResponseGroup
+from sppo_ray.types import JudgedGroup, LearnerTask, Prompt, Response, ResponseGroup
 
 
 def config(run_dir, **overrides) -> Config:
@@ -37,3 +38,12 @@ def judged(name: str, iteration: int = 1, k: int = 5, version: int = 0, epoch: i
     return JudgedGroup(
         ResponseGroup(prompt(name), iteration, responses, version, version, "rollout-0", epoch), logits, "judge-0"
     )
+
+
+class HandingOut(AsyncBuffer):
+    """As BufferService uses it: a task is handed out when its batch is on disk."""
+
+    def next_task(self, step: int) -> LearnerTask | None:
+        task = super().next_task(step)
+        self.ledger.settle_batches()
+        return task

@@ -7,12 +7,11 @@ import tempfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from groups import config, judged
+from groups import HandingOut, config, judged
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from sppo_ray.async_buffer import AsyncBuffer
 from sppo_ray.types import Publication, PublishTask, ReferenceTask, SaveTask, StopTask, TrainedIteration, TrainTask
 
 
@@ -50,7 +49,7 @@ class AsyncRun(RuleBasedStateMachine):
         self.resume()
 
     def resume(self):
-        self.buffer = AsyncBuffer(self.config, self.slices)
+        self.buffer = HandingOut(self.config, self.slices)
         self.running = []
         self.exhausted = False
         # The hub's and the rollout workers', of the last policy; a learner that goes on from a later checkpoint publishes.

@@ -149,6 +149,16 @@ def test_what_has_grown_in_an_hour(later: dict[str, Any], found: list[str]) -> N
     assert soak._grown(named, 0.03) == found
 
 
+def test_an_object_store_that_cannot_be_read_is_not_taken_for_a_flat_one() -> None:
+    def sample(location: str, value: float) -> soak.Sample:
+        return soak.Sample("ray_object_store_memory", {"Location": location}, value)
+
+    found = [sample("MMAP_SHM", 3.0), sample("MMAP_DISK", 0.0), sample("WORKER_HEAP", 5.0), sample("SPILLED", 7.0)]
+    assert soak._in_memory(found) == [3.0, 0.0]
+    with pytest.raises(SystemExit, match="do not say what is in the object store"):
+        soak._in_memory(found[2:])
+
+
 def test_a_run_that_ends_while_it_is_read_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = SimpleNamespace(poll=lambda: None, returncode=1)
     monkeypatch.setattr(soak, "read", lambda run: setattr(run, "poll", lambda: 1) or {})

@@ -9,6 +9,7 @@ import re
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -17,6 +18,7 @@ from groups import config, judged
 from typer.testing import CliRunner
 from unsteady_store import Unsteady, clock_from_the_first_upload
 
+from actors.train import _followers
 from sppo_ray import mirror
 from sppo_ray.buffer import TrainingBuffer
 from sppo_ray.cli import app
@@ -105,6 +107,26 @@ def test_a_run_goes_on_from_a_copy_of_the_mirror(tmp_path, protocol):
     shutil.rmtree(tmp_path / "run")
     goes_on(tmp_path / "elsewhere", url)
     check_mirror(config(tmp_path / "elsewhere", run__mirror=url))  # the same run, at another place
+
+
+def test_metrics_are_there_before_the_checkpoint_that_they_lead_to(tmp_path):
+    """A learner that goes on from it does not make their lines again."""
+    run(tmp_path / "run", "memory://m")
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 4}\n')  # newer than all else, as in a run
+    order = [name for name, _, _ in made(tmp_path / "run", "memory://m")[0]._changed()]
+    assert order.index("metrics.jsonl") < order.index("checkpoints/step-4/rank-0.pt")
+    assert order.index("checkpoints/step-4/rank-0.pt") < order.index("checkpoints/step-4/COMPLETE")
+
+
+def test_a_run_keeps_its_mirror_up_beside_its_schedule(tmp_path):
+    """What it follows; what it copies at its end is seen in tests/actors/test_job.py."""
+    copier, _, _ = made(tmp_path / "run", "memory://m")
+    nobody = SimpleNamespace()
+    for mirrored, expected in ((copier, ["_follow", "Mirror.follow"]), (None, ["_follow"])):
+        beside = _followers(nobody, config(tmp_path / "run"), nobody, nobody, mirrored)
+        assert [each.__qualname__ for each in beside] == expected
+        for each in beside:
+            each.close()
 
 
 def test_only_what_changed_is_copied_again(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from damage import flip
-from groups import config, judged
+from groups import HandingOut, config, judged
 
 from sppo_ray.async_buffer import AsyncBuffer
 from sppo_ray.recovery import recover
@@ -18,7 +18,7 @@ def sealed_async(root: Path) -> AsyncBuffer:
     """Three updates on two groups each, a publish after each of them; sealed, not saved."""
     overrides = {"schedule__mode": "async", "schedule__max_staleness": 0, "schedule__iterations": 1}
     cfg = config(root, **overrides, weights__publish_every=1, learner__batch_size=2)
-    buffer = AsyncBuffer(cfg, [NAMES])
+    buffer = HandingOut(cfg, [NAMES])
     buffer.evaluated(0)
     for step in range(3):
         buffer.add([judged(f"p{ticket.index}", 1, version=step) for ticket in buffer.admit(2)])
@@ -49,7 +49,7 @@ def test_where_only_the_schedule_can_make_it_the_slice_is_sealed_again(tmp_path)
     batches.write_bytes(b"")  # as in slice order, where batches are not written down
     recover(cfg)
     batches.write_bytes(kept)
-    again = AsyncBuffer(cfg, [NAMES])
+    again = HandingOut(cfg, [NAMES])
     assert again.collected(1)
     again.seal(1, NAMES)
     assert path.read_bytes() == before
@@ -62,7 +62,7 @@ def test_a_sealed_slice_whose_batches_are_damaged_is_sealed_again(tmp_path):
     path.write_bytes(lines[0] + lines[1].replace(b"[[2, 1]", b"[[1, 1]") + lines[2])  # still a batch, of other rows
     assert path.read_bytes() != b"".join(lines)
     assert "batches.jsonl" in recover(cfg)[0]
-    again = AsyncBuffer(cfg, [NAMES])
+    again = HandingOut(cfg, [NAMES])
     again.evaluated(0)
     assert again.resume_point().up_to == 1
     assert not again.collected(1)
@@ -80,6 +80,6 @@ def test_damaged_groups_are_sampled_again(tmp_path):
     cfg = sealed_async(tmp_path).config
     flip(tmp_path / "iter_1/generated.parquet")
     assert "made again" in recover(cfg)[0]
-    again = AsyncBuffer(cfg, [NAMES])
+    again = HandingOut(cfg, [NAMES])
     assert [ticket.number for ticket in again.admit(10)] == [0, 1]  # from the first update on
     assert again.resume_point().up_to == 0

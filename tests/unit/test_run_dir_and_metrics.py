@@ -199,7 +199,7 @@ def test_what_is_on_disk_was_sampled(tmp_path, written, held, expected):
     claim(config(tmp_path), {})
     update_manifest(tmp_path, **{} if written is None else {"groups_sampled": written})
     claim(config(tmp_path), {})
-    now = SimpleNamespace(rollout=SimpleNamespace(restarts=1), judge=SimpleNamespace(restarts=0))
+    now = SimpleNamespace(rollout=SimpleNamespace(restarts=1, lost_groups=0), judge=SimpleNamespace(restarts=0))
     Tally(tmp_path, held).keep(now, SimpleNamespace(groups=2))
     assert read_manifest(tmp_path)["groups_sampled"] == expected
     assert read_manifest(tmp_path)["restarts"] == {"rollout": 1, "judge": 0, "learner": 0, "run": 1}
@@ -211,10 +211,11 @@ def test_counts_go_on_over_all_attempts(tmp_path):
         claim(config(tmp_path), {})
         tally = Tally(tmp_path, held=0)
         tally.seen = Look({}, "", learner_restarts=1, updates_repeated=2)
-        tally.keep(SimpleNamespace(rollout=SimpleNamespace(restarts=1), judge=SimpleNamespace(restarts=3)), progress)
+        rollout = SimpleNamespace(restarts=1, lost_groups=4)
+        tally.keep(SimpleNamespace(rollout=rollout, judge=SimpleNamespace(restarts=3)), progress)
         found = read_manifest(tmp_path)
         assert found["restarts"] == {"rollout": attempt, "judge": 3 * attempt, "learner": attempt, "run": attempt - 1}
-        assert (found["groups_sampled"], found["updates_repeated"]) == (5 * attempt, 2 * attempt)
+        assert (found["groups_sampled"], found["updates_repeated"]) == (9 * attempt, 2 * attempt)
 
 
 @pytest.mark.parametrize("fault", ["unreadable", "gone"])
@@ -222,7 +223,7 @@ def test_a_manifest_that_a_file_server_does_not_show_is_neither_an_end_nor_begun
     claim(config(tmp_path), {})
     tally, now = (
         Tally(tmp_path, held=0),
-        SimpleNamespace(rollout=SimpleNamespace(restarts=1), judge=SimpleNamespace(restarts=0)),
+        SimpleNamespace(rollout=SimpleNamespace(restarts=1, lost_groups=0), judge=SimpleNamespace(restarts=0)),
     )
     path = tmp_path / "manifest.json"
     before = path.read_text()

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from sppo_ray.cli import app
 from sppo_ray.config_io import build_config, dump_config
 from sppo_ray.errors import ConfigError
+from sppo_ray.metrics import MetricsLog
 from sppo_ray.run_dir import claim, update_manifest
 from sppo_ray.secrets import hidden, hide, hide_in_logs, names_a_secret, secrets_of
 
@@ -113,8 +114,12 @@ def test_what_a_run_records_has_no_secret(tmp_path: Path, monkeypatch: pytest.Mo
     config = build_config({"run": {"dir": str(tmp_path / "run")}, **PLAIN})
     monkeypatch.setenv("HF_TOKEN", SECRET)
     claim(config, {"prompts": {"from": "https://user:pa55word@host/p"}})
+    MetricsLog(tmp_path / "run/metrics.jsonl").write({"event": "failure", "why": f"401 for {SECRET}"})
     update_manifest(tmp_path / "run", cause=f"401 for Bearer {SECRET}", counts=[3])
     text = (tmp_path / "run/manifest.json").read_text() + (tmp_path / "run/config.yaml").read_text()
+    metrics = (tmp_path / "run/metrics.jsonl").read_text()
+    assert SECRET not in metrics
+    assert "401 for ***" in metrics
     assert SECRET not in text
     assert "pa55word" not in text
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())

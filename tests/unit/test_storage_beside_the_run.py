@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -82,13 +83,21 @@ async def test_troubles_of_other_processes_are_said_too(tmp_path):
     assert (await service.look()).trouble == ""
 
 
-async def test_a_batch_is_handed_out_when_it_is_on_disk(tmp_path, monkeypatch):
+SLICE = ["p0", "p1", "p2", "p3"]
+
+
+async def with_a_batch_to_cut(tmp_path):
+    """Async: its service, with groups for the first update."""
     overrides = {"schedule__mode": "async", "schedule__iterations": 1, "weights__publish_every": 1}
     cfg = config(tmp_path, run__storage_patience_s=60, buffer__flush_s=0.01, learner__batch_size=2, **overrides)
-    slice_ = ["p0", "p1", "p2", "p3"]
-    service = BufferService(cfg, [slice_])
+    service = BufferService(cfg, [SLICE])
     await service.evaluated(0)
-    await service.add([judged(slice_[ticket.index]) for ticket in await service.admit(2)])
+    await service.add([judged(SLICE[ticket.index]) for ticket in await service.admit(2)])
+    return cfg, service
+
+
+async def test_a_batch_is_handed_out_when_it_is_on_disk(tmp_path, monkeypatch):
+    cfg, service = await with_a_batch_to_cut(tmp_path)
     disk = full_disk(monkeypatch)
     asked = asyncio.create_task(service.next_task(0))
     while not (await service.look()).trouble:
@@ -101,4 +110,22 @@ async def test_a_batch_is_handed_out_when_it_is_on_disk(tmp_path, monkeypatch):
     disk.full = False
     task = await asked
     (cut,) = Ledger(cfg).batches(1)
-    assert [example.prompt_id for example in task.examples] == [slice_[index] for index, _ in cut.groups]
+    assert [example.prompt_id for example in task.examples] == [SLICE[index] for index, _ in cut.groups]
+
+
+async def test_the_buffer_answers_while_a_file_server_hangs_with_a_batch(tmp_path, monkeypatch):
+    """It raises nothing, it only takes for ever: in a thread, so that the buffer is not taken for hung."""
+    monkeypatch.setattr(storage, "SLOW_S", 0.01)
+    _, service = await with_a_batch_to_cut(tmp_path)
+    back = threading.Event()
+    monkeypatch.setattr(os, "fsync", lambda descriptor, real=os.fsync: back.wait(60) and real(descriptor))
+    asked = asyncio.create_task(service.next_task(0))
+    try:
+        async with asyncio.timeout(30):
+            while "batches.jsonl takes more than" not in (await service.look()).trouble:
+                await asyncio.sleep(0.01)
+        assert not asked.done()
+    finally:
+        back.set()
+    assert len((await asked).examples) == 2
+    assert (await service.look()).trouble == ""

@@ -115,6 +115,8 @@ def test_the_others_go_on_without_one_that_is_gone() -> None:
         while workers.all[0].gone is None:
             await workers.call("score")
         assert await workers.on_each("stats") == {"good": "good"}
+        assert workers.lost_calls["score"] > 0
+        assert workers.lost_calls.total() == workers.lost_calls["score"]
         assert len([actor for actor in stage.actors if actor.name == "bad"]) == 2
 
     run_virtual(job())
