@@ -38,6 +38,7 @@ from sppo_ray.config import Config
 from sppo_ray.config_io import load_config
 from sppo_ray.metrics import read_metrics
 from sppo_ray.run_dir import read_manifest
+from sppo_ray.step_plan import StepPlan
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = "learner.checkpoint_every=4"  # as often as the async default publishes
@@ -73,8 +74,8 @@ def compare(config: Config, folder: Path, undisturbed: Path) -> Verdict:
         elif keys == expected:
             different += sum(a != b for a, b in zip(mine.to_pylist(), other.to_pylist(), strict=True))
     last = f"iter_{config.schedule.iterations}/policy"
-    updates, expected = _updates(folder), _updates(undisturbed)
-    wrong = ((updates - expected) + (expected - updates)).total()
+    updates, due = _updates(folder), _all_updates(config, undisturbed) if streams else _updates(undisturbed)
+    wrong = ((updates - due) + (due - updates)).total()
     if streams:
         return Verdict(lost, doubled, None, None, beyond, wrong)
     return Verdict(lost, doubled, different, _weights(folder / last) != _weights(undisturbed / last), beyond, wrong)
@@ -96,6 +97,13 @@ def _keys(table: pa.Table) -> list[tuple[object, ...]]:
 
 def _updates(folder: Path) -> Counter[int]:
     return Counter(line["step"] for line in read_metrics(folder / "metrics.jsonl") if "step" in line)
+
+
+def _all_updates(config: Config, undisturbed: Path) -> Counter[int]:
+    """By the plan, whatever the undisturbed run's schedule was."""
+    iterations = config.schedule.iterations
+    sizes = [len(set(_train_table(undisturbed, t)["prompt_id"].to_pylist())) for t in range(1, iterations + 1)]
+    return Counter(range(1, StepPlan(config, sizes).end_step(iterations) + 1))
 
 
 def _weights(folder: Path) -> list[str]:
