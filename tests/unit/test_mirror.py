@@ -21,6 +21,7 @@ from unsteady_store import Unsteady, clock_from_the_first_upload
 from actors.train import _followers
 from sppo_ray import mirror
 from sppo_ray.buffer import TrainingBuffer
+from sppo_ray.checkpoints import fits, new_checkpoint, newest
 from sppo_ray.cli import app
 from sppo_ray.config_io import load_config
 from sppo_ray.mirror import Mirror, check_mirror
@@ -63,10 +64,8 @@ def run(root: Path, url: str | None) -> TrainingBuffer:
 
 
 def checkpoint(root: Path, step: int) -> None:
-    folder = root / f"checkpoints/step-{step}"
-    folder.mkdir(parents=True)
-    (folder / "rank-0.pt").write_bytes(b"state")
-    (folder / "COMPLETE").write_text("{}")
+    with new_checkpoint(root / "checkpoints/learner", step, {"first_step": 3}, keep=9) as folder:
+        (folder / "state-00000.safetensors").write_bytes(b"state")
 
 
 def made(root: Path, url: str) -> tuple[Mirror, list[str], list[str]]:
@@ -91,6 +90,10 @@ def goes_on(root: Path, url: str | None) -> None:
     buffer.add([judged(name, 2, version=1) for name in NAMES])
     buffer.seal(2, NAMES)
     buffer.record_reference(2, [(-1.0, -2.0)] * 10)
+    start = buffer.resume_point()
+    found = newest(root / "checkpoints/learner", lambda checkpoint: fits(checkpoint, start))
+    assert found is not None
+    assert found.step == 4
     buffer.release(2)
     assert isinstance(buffer.next_task(3), TrainTask)
 
@@ -114,8 +117,10 @@ def test_metrics_are_there_before_the_checkpoint_that_they_lead_to(tmp_path):
     run(tmp_path / "run", "memory://m")
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 4}\n')  # newer than all else, as in a run
     order = [name for name, _, _ in made(tmp_path / "run", "memory://m")[0]._changed()]
-    assert order.index("metrics.jsonl") < order.index("checkpoints/step-4/rank-0.pt")
-    assert order.index("checkpoints/step-4/rank-0.pt") < order.index("checkpoints/step-4/COMPLETE")
+    assert order.index("metrics.jsonl") < order.index("checkpoints/learner/step-4/state-00000.safetensors")
+    assert order.index("checkpoints/learner/step-4/state-00000.safetensors") < order.index(
+        "checkpoints/learner/step-4/COMPLETE"
+    )
 
 
 def test_a_run_keeps_its_mirror_up_beside_its_schedule(tmp_path):
@@ -151,15 +156,15 @@ def test_nothing_is_deleted_but_old_checkpoints(tmp_path):
     buffer = run(root, "memory://m")
     copier, _, _ = made(root, "memory://m")
     copier.copy()
-    shutil.rmtree(root / "checkpoints/step-4")
+    shutil.rmtree(root / "checkpoints/learner/step-4")
     checkpoint(root, 8)
     buffer.add([judged(name, 2, version=1) for name in NAMES])
     buffer.seal(2, NAMES)  # which removes its shards
     copier.copy()
     there = names_in("memory://m")
     assert [name for name in there if name.startswith("checkpoints")] == [
-        "checkpoints/step-8/COMPLETE",
-        "checkpoints/step-8/rank-0.pt",
+        "checkpoints/learner/step-8/COMPLETE",
+        "checkpoints/learner/step-8/state-00000.safetensors",
     ]
     assert any(name.startswith("iter_2/ledger/") for name in there)
 
@@ -180,7 +185,7 @@ def test_whenever_the_machine_is_lost_the_mirror_is_a_run(tmp_path, failing):
     markers = list((tmp_path / "back").rglob("COMPLETE"))
     assert markers or failing < 10  # the last upload is another's
     for marker in markers:  # it vouches for what is beside it
-        assert (marker.parent / "rank-0.pt").read_bytes() == b"state"
+        assert (marker.parent / "state-00000.safetensors").read_bytes() == b"state"
     cfg = config(tmp_path / "back", run__mirror=url)
     assert recover(cfg) == []
     buffer = TrainingBuffer(cfg)
