@@ -29,7 +29,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from kills import Killed, Run, Work, disturb, kinds_of
+from kills import Killed, Run, Work, disturb, kinds_of, planned
 from nodes import TwoNodes
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +38,6 @@ from sppo_ray.config import Config
 from sppo_ray.config_io import load_config
 from sppo_ray.metrics import read_metrics
 from sppo_ray.run_dir import read_manifest
-from sppo_ray.step_plan import StepPlan
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = "learner.checkpoint_every=4"  # as often as the async default publishes
@@ -74,7 +73,8 @@ def compare(config: Config, folder: Path, undisturbed: Path) -> Verdict:
         elif keys == expected:
             different += sum(a != b for a, b in zip(mine.to_pylist(), other.to_pylist(), strict=True))
     last = f"iter_{config.schedule.iterations}/policy"
-    updates, due = _updates(folder), _all_updates(config, undisturbed) if streams else _updates(undisturbed)
+    updates = _updates(folder)
+    due = Counter(range(1, planned(config, undisturbed)[1] + 1)) if streams else _updates(undisturbed)
     wrong = ((updates - due) + (due - updates)).total()
     if streams:
         return Verdict(lost, doubled, None, None, beyond, wrong)
@@ -99,13 +99,6 @@ def _updates(folder: Path) -> Counter[int]:
     return Counter(line["step"] for line in read_metrics(folder / "metrics.jsonl") if "step" in line)
 
 
-def _all_updates(config: Config, undisturbed: Path) -> Counter[int]:
-    """By the plan, whatever the undisturbed run's schedule was."""
-    iterations = config.schedule.iterations
-    sizes = [len(set(_train_table(undisturbed, t)["prompt_id"].to_pylist())) for t in range(1, iterations + 1)]
-    return Counter(range(1, StepPlan(config, sizes).end_step(iterations) + 1))
-
-
 def _weights(folder: Path) -> list[str]:
     """Hashes; of a folder without any it is an error to ask."""
     found = [xxhash.xxh3_64_hexdigest(path.read_bytes()) for path in sorted(folder.glob("*.safetensors"))]
@@ -124,7 +117,7 @@ def main() -> None:
     parser.add_argument(
         "--undisturbed",
         type=Path,
-        help="a finished run that ends the same, else it is made; for async any one of the same slices and updates",
+        help="a finished run that ends the same, else it is made; for async any one of the same prompts in the same slices",
     )
     parser.add_argument(
         "--pause", type=float, nargs=2, default=(0.5, 5.0), help="seconds of serving before most kills that are due"

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 from nodes import TwoNodes, end_with_parent, family
 
 from sppo_ray.attempts import Progress, progress_of
 from sppo_ray.config import Config
 from sppo_ray.ledger import Ledger
 from sppo_ray.metrics import read_metrics
+from sppo_ray.step_plan import StepPlan
 
 ROOT = Path(__file__).resolve().parents[2]
 # By the title that Ray gives a worker process: the class, then the method that runs; before it, while it starts, its name.
@@ -59,11 +61,11 @@ class Killed:
 
 
 class Work:
-    """How much of a run is on record, as a share of what an undisturbed one made; groups and updates are half of it each."""
+    """How much of a run is on record, as a share of all of it; groups and updates are half of it each."""
 
     def __init__(self, config: Config, undisturbed: Path) -> None:
         self._config = config
-        self._groups, self._updates = self._counts(undisturbed)
+        self._groups, self._updates = planned(config, undisturbed)
 
     def done(self, folder: Path) -> float:
         """In [0, 1]; beyond while groups sampled again are on disk twice."""
@@ -75,7 +77,21 @@ class Work:
             self._config.model_copy(update={"run": self._config.run.model_copy(update={"dir": str(folder)})})
         )
         groups = sum(ledger.groups(t) for t in range(1, self._config.schedule.iterations + 1))
-        return groups, sum("step" in line for line in read_metrics(folder / "metrics.jsonl"))
+        return groups, _updates(folder)
+
+
+def planned(config: Config, undisturbed: Path) -> tuple[int, int]:
+    """Groups and updates of a whole run on the prompts of the one in `undisturbed`: as many as that one made or, in async by
+    the order of readiness, by the plan, whatever that one's schedule and epochs."""
+    tables = (undisturbed / f"iter_{t}/train.parquet" for t in range(1, config.schedule.iterations + 1))
+    sizes = [len(set(pq.read_table(table, columns=["prompt_id"])["prompt_id"].to_pylist())) for table in tables]
+    if config.schedule.mode == "async" and config.schedule.batch_order == "ready":
+        return sum(sizes) * config.learner.epochs, StepPlan(config, sizes).end_step(len(sizes))
+    return sum(sizes), _updates(undisturbed)
+
+
+def _updates(folder: Path) -> int:
+    return sum("step" in line for line in read_metrics(folder / "metrics.jsonl"))
 
 
 class Stopwatch:
@@ -149,11 +165,14 @@ class Run:
         return [process for process, title in titles.items() if is_title(title, kind, started)]
 
     def wait(self) -> None:
-        """Raises SystemExit with the run's output if it failed."""
-        try:
-            failed = self.process.wait(LIMIT_S) != 0
-        except psutil.TimeoutExpired:
-            failed = True
+        """Raises SystemExit with the run's output if it failed, or has got nothing done for LIMIT_S."""
+        before, end = None, time.monotonic() + LIMIT_S
+        while not self.over and time.monotonic() < end:
+            if (now := progress_of(self.folder)) != before:
+                before, end = now, time.monotonic() + LIMIT_S
+            time.sleep(0.2)
+        failed = self.process.poll() != 0
+        if not self.over:
             self.process.kill()
         if failed:
             sys.exit(f"the run failed or hangs; the end of {self.log}:\n{self.log.read_text()[-4000:]}")
