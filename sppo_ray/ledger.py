@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import logging
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
@@ -41,8 +40,6 @@ from sppo_ray.storage import Storage, StorageError
 from sppo_ray.table_files import read_table, rows_of, serialised, shard_content, write_table
 from sppo_ray.tables import SealedRow, generated_table, train_table, with_every_column
 from sppo_ray.types import CutBatch, JudgedGroup, SliceSummary, TrainedIteration
-
-log = logging.getLogger(__name__)
 
 SEALED, TRAINED, REFERENCE = "sealed.json", "trained.json", "reference.parquet"
 TABLES, POLICY_FILES = "tables", "policy_files"  # keys in sealed.json and trained.json: checksums by file name

@@ -29,14 +29,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from kills import Killed, Run, Work, disturb, kinds_of, planned
+from kills import Killed, Run, Work, disturb, kinds_of, planned, updates_of
 from nodes import TwoNodes
 from rich.console import Console
 from rich.table import Table
 
 from sppo_ray.config import Config
 from sppo_ray.config_io import load_config
-from sppo_ray.metrics import read_metrics
 from sppo_ray.run_dir import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,8 +72,8 @@ def compare(config: Config, folder: Path, undisturbed: Path) -> Verdict:
         elif keys == expected:
             different += sum(a != b for a, b in zip(mine.to_pylist(), other.to_pylist(), strict=True))
     last = f"iter_{config.schedule.iterations}/policy"
-    updates = _updates(folder)
-    due = Counter(range(1, planned(config, undisturbed)[1] + 1)) if streams else _updates(undisturbed)
+    updates = updates_of(folder)
+    due = Counter(range(1, planned(config, undisturbed)[1] + 1)) if streams else updates_of(undisturbed)
     wrong = ((updates - due) + (due - updates)).total()
     if streams:
         return Verdict(lost, doubled, None, None, beyond, wrong)
@@ -93,10 +92,6 @@ def _once_per_epoch(table: pa.Table, epochs: int) -> Counter[tuple[object, ...]]
 def _keys(table: pa.Table) -> list[tuple[object, ...]]:
     names = [name for name in ("prompt_id", "epoch") if name in table.column_names]
     return list(zip(*(table[name].to_pylist() for name in names), strict=True))
-
-
-def _updates(folder: Path) -> Counter[int]:
-    return Counter(line["step"] for line in read_metrics(folder / "metrics.jsonl") if "step" in line)
 
 
 def _weights(folder: Path) -> list[str]:

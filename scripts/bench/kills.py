@@ -77,7 +77,7 @@ class Work:
             self._config.model_copy(update={"run": self._config.run.model_copy(update={"dir": str(folder)})})
         )
         groups = sum(ledger.groups(t) for t in range(1, self._config.schedule.iterations + 1))
-        return groups, _updates(folder)
+        return groups, updates_of(folder).total()
 
 
 def planned(config: Config, undisturbed: Path) -> tuple[int, int]:
@@ -87,11 +87,12 @@ def planned(config: Config, undisturbed: Path) -> tuple[int, int]:
     sizes = [len(set(pq.read_table(table, columns=["prompt_id"])["prompt_id"].to_pylist())) for table in tables]
     if config.schedule.mode == "async" and config.schedule.batch_order == "ready":
         return sum(sizes) * config.learner.epochs, StepPlan(config, sizes).end_step(len(sizes))
-    return sum(sizes), _updates(undisturbed)
+    return sum(sizes), updates_of(undisturbed).total()
 
 
-def _updates(folder: Path) -> int:
-    return sum("step" in line for line in read_metrics(folder / "metrics.jsonl"))
+def updates_of(folder: Path) -> Counter[int]:
+    """How often each is on record."""
+    return Counter(line["step"] for line in read_metrics(folder / "metrics.jsonl") if "step" in line)
 
 
 class Stopwatch:
