@@ -28,17 +28,22 @@ class FirstCause:
     """Of failures without an update of the weights between them the first: the others may be its consequences."""
 
     def __init__(self) -> None:
-        self._first, self._step = "", -1
+        self._causes: list[tuple[int, str]] = []  # each after more updates than the one before
 
     def failed(self, what: str, step: int) -> None:
         """step: updates on record by then; fewer than before while some are done again."""
-        if step > self._step:
-            self._first, self._step = what, step
+        if not self._causes or step > self._causes[-1][0]:
+            self._causes.append((step, what))
 
     def of(self, last: str, step: int) -> str:
-        """What to tell of the failure that ended the learner."""
+        """What to tell of the failure that ended the learner, and of those that had used up restarts before."""
         self.failed(last, step)
-        return self._first if self._first == last else f"{self._first}\n(started again, it ended with: {last})"
+        *earlier, (_, first) = self._causes
+        lines = [first, *([f"(started again, it ended with: {last})"] if first != last else [])]
+        lines += [
+            f"(it had been started again before, after {done} updates, because of: {what})" for done, what in earlier
+        ]
+        return "\n".join(lines)
 
 
 def describe_failure(error: BaseException) -> str:

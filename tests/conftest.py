@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from tests.actors.job_runs import LIMIT_S, PLANTED, sppo, train
 
 # Workers that Ray starts beforehand, one for each CPU, serve none of our actors, which have environments of their own.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+
+LOG_END = 3000  # characters
 
 # No time limit for an example: 0.2 s, the default, is less than a busy machine may hold anyone up.
 settings.register_profile("no deadline", settings(), deadline=None)
@@ -37,3 +40,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
             assert process.returncode == 0, said
             output.write_text(said)
     return run_dir, output.read_text()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With a failure, what the actors of its run directories said last: on another machine nothing else is left of them."""
+    report = yield
+    folder = getattr(item, "funcargs", {}).get("tmp_path")
+    if report.failed and folder is not None:
+        for log in sorted(folder.rglob("logs/*.log")):
+            report.sections.append((f"{log.relative_to(folder)}, its end", log.read_text(errors="replace")[-LOG_END:]))
+    return report

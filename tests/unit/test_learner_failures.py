@@ -16,12 +16,15 @@ def test_the_first_of_failures_without_an_update_between_them_is_told() -> None:
     )
 
 
-def test_a_failure_after_an_update_is_another_story() -> None:
+def test_a_failure_after_an_update_is_another_story_but_it_used_up_a_restart() -> None:
     cause = FirstCause()
-    cause.failed("a full disk", 3)
+    cause.failed("a full disk", 0)
     cause.failed("a lost peer", 4)
-    assert cause.of("a lost peer", 4) == "a lost peer"
-    assert cause.of("out of memory", 5) == "out of memory"
+    cause.failed("its consequence", 4)
+    before = "(it had been started again before, after 0 updates, because of: a full disk)"
+    assert cause.of("a lost peer", 4) == f"a lost peer\n{before}"
+    lost = "(it had been started again before, after 4 updates, because of: a lost peer)"
+    assert cause.of("out of memory", 5) == f"out of memory\n{before}\n{lost}"
 
 
 def test_updates_done_again_after_a_restart_are_no_progress() -> None:
