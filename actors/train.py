@@ -7,12 +7,14 @@ import dataclasses
 import signal
 from collections.abc import Coroutine
 from contextlib import suppress
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from rich.console import Console
+from rich.text import Text
 
 from actors.bookkeepers import answered
 from actors.buffer import NAME as BUFFER
@@ -42,6 +44,7 @@ from sppo_ray.storage import Storage
 from sppo_ray.threads import in_daemon_thread
 
 LEAVE_LIMIT_S = 60.0
+RECORD_LIMIT_S = 10.0  # for the last line of an attempt: its disk may be what it failed of
 
 
 def train(config: Config, layout: Layout, checked: Preflight, console: Console) -> None:
@@ -76,7 +79,8 @@ def _run(config: Config, layout: Layout, checked: Preflight, console: Console) -
 
 
 def _told(error: BaseException) -> str:
-    return "\n".join([str(error) or repr(error), *getattr(error, "__notes__", ())])
+    text = "\n".join([str(error) or repr(error), *getattr(error, "__notes__", ())])
+    return Text.from_ansi(text).plain  # Ray colours what it quotes
 
 
 async def _train(config: Config, layout: Layout, checked: Preflight, console: Console, mirror: Mirror | None) -> None:
@@ -96,8 +100,18 @@ async def _train(config: Config, layout: Layout, checked: Preflight, console: Co
             followers = _followers(now, config, progress, tally, mirror)
             try:
                 await _first_of(_schedule(now, config, checked, progress, held), *followers)
+            except SppoError as error:
+                await _record_failure(now, error)
+                raise
             finally:
                 tally.keep(now, progress)
+
+
+async def _record_failure(now: Running, error: SppoError) -> None:
+    """In metrics.jsonl, at its place among the updates; where the buffer is what failed, manifest.json alone tells of it."""
+    line = {"event": "failed", "cause": _told(error), "at": datetime.now(UTC).isoformat(timespec="microseconds")}
+    with suppress(SppoError, TimeoutError):
+        await asyncio.wait_for(now.buffer.record(line), RECORD_LIMIT_S)
 
 
 async def _alone() -> None:

@@ -147,6 +147,8 @@ def test_every_metric_is_explained_and_there_is_none_but_these(whole, streamed):
     assert not unexplained(streamed[0])
     written = metric_names(whole[0]) | metric_names(streamed[0])
     for (event, name), pattern in explained_metrics().items():
+        if event == "failed":  # neither did: test_bad_data.py
+            continue
         assert any(of == event and re.fullmatch(pattern, other) for of, other in written), name
 
 

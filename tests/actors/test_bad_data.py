@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,16 +19,15 @@ from sppo_ray.errors import WorkerFailed
 from sppo_ray.protocols import Handle
 from sppo_ray.types import Prompt, Receipt, Response, ResponseGroup
 from tests.actors.conftest import ASSETS
+from tests.actors.job_runs import LIMIT_S, manifest, metrics, sppo, train, unexplained
 
 EMBEDDING = "pretrained_model.embeddings.word_embeddings.weight"
 
 
-def poisoned_judge(folder: Path) -> Path:
-    """The embedded judge with a NaN in the embedding of "#": whoever writes that character gets NaN logits."""
+def poisoned_judge(folder: Path, token_text: str) -> Path:
+    """The embedded judge with a NaN in the embedding of a token: whoever writes it gets NaN logits."""
     shutil.copytree(ASSETS / "judge", folder)
-    (token,) = [
-        i for text, i in json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"].items() if text == "#"
-    ]
+    token = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"][token_text]
     state = load_file(folder / "model.safetensors")
     state[EMBEDDING][token] = np.nan
     save_file(state, folder / "model.safetensors")
@@ -45,7 +45,7 @@ def group(prompt_id: str, text: str, *texts: str) -> Handle:
 async def test_nan_logits_name_the_prompt_and_leave_the_judge_alive(
     ray_local: None, actor_config: Config, tmp_path: Path
 ) -> None:
-    model = str(poisoned_judge(tmp_path / "judge"))
+    model = str(poisoned_judge(tmp_path / "judge", "#"))
     config = actor_config.model_copy(update={"judge": actor_config.judge.model_copy(update={"model": model})})
     worker = ray.remote(JudgeWorker).options(num_cpus=0.01, max_restarts=0).remote("judge-0", config)
     try:
@@ -61,3 +61,21 @@ async def test_nan_logits_name_the_prompt_and_leave_the_judge_alive(
         assert (after["pid"], after["groups"]) == (before, 1)
     finally:
         ray.kill(worker)
+
+
+def test_a_run_whose_judge_gives_nan_ends_with_the_prompt_on_record(tmp_path: Path) -> None:
+    """In the manifest, and in the metrics where it happened: after the first slice's prompts, before any update."""
+    judge = poisoned_judge(tmp_path / "judge", "<|source|>")  # every question begins with it
+    process = sppo(*train(tmp_path / "run"), f"judge.model={judge}")
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 1, output
+    record, lines = manifest(tmp_path / "run"), metrics(tmp_path / "run")
+    told = re.match(r"judge-\d: JudgeError: prompt '.+': PairRM", record["cause"])
+    assert told is not None
+    assert f"failed: {told[0]}" in output
+    assert "20 NaN or infinite logits" in record["cause"]
+    assert "\x1b" not in record["cause"]  # Ray's colours
+    assert not any(record["restarts"].values())
+    assert not any("step" in line for line in lines)
+    assert [line["cause"] for line in lines if line.get("event") == "failed"] == [record["cause"]]
+    assert not unexplained(tmp_path / "run")
