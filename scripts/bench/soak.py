@@ -4,12 +4,13 @@ every process and the object store, read at 5, 30 and 60 minutes.
     python scripts/bench/soak.py --minutes 5 30 60 --out runs/soak
 
 Exit code 1 if something has grown by more than --slack since the first reading, if a process is not the one it was (one that died
-of its leak would come back small), or if the run ends by itself. Two things grow and are no leak:
+of its leak would come back small), or if the run ends by itself. Three things grow and are no leak:
 
 - Threads of gRPC's two pools are counted apart. Ray's processes have them, and they get their next thread whenever more comes at
-  once than ever before, however late that is; so long as there are at most MOST_POOL_THREADS. Each brings POOL_THREAD_MIB, which
-  raylet, small as it is, shows.
-- What the object store has touched is the most it ever needed, gaps included: TOUCHED_MIB more are allowed. What is in use is not.
+  once than ever before, however late that is; so long as there are at most MOST_POOL_THREADS.
+- What the object store has touched is the most it ever needed, gaps included. What is in use is held to --slack.
+- raylet, Ray's own process on each node, grows from 16 to 18 MiB at 5 minutes to 18 to 19.5 at an hour, most of it within the
+  first half hour and not in every run, with new threads or without (three runs of an hour).
 """
 
 from __future__ import annotations
@@ -48,8 +49,7 @@ IN_USE, TOUCHED = "object store, in use", "object store, touched"
 POOLS = ("default-executo", "event_engine")  # as Linux cuts their names
 # Twice what was seen in an hour on two cores, and gRPC's own bound.
 MOST_POOL_THREADS = max(16, 4 * (os.cpu_count() or 1))
-POOL_THREAD_MIB = 0.75  # its stack and what its allocator keeps for it: raylet grew by 0.6 to 0.8 with each
-TOUCHED_MIB = 2
+MORE_MIB = {TOUCHED: 2.0, "raylet": 2.0}  # allowed beyond --slack
 
 
 class Figures(NamedTuple):
@@ -179,16 +179,15 @@ def _grown(readings: dict[float, Reading], slack: float) -> list[str]:
     for mark, reading in readings.items():
         found += [f"{name}: was not there at every reading" for name in first.keys() ^ reading.keys()]
         for name in sorted(first.keys() & reading.keys()):
-            (*before, had, pid), (*after, pools, other) = first[name], reading[name]
-            mib = TOUCHED_MIB if name == TOUCHED else POOL_THREAD_MIB * max(0, pools - had)
+            (*before, _, pid), (*after, pools, other) = first[name], reading[name]
             if pid != other:
                 found.append(f"{name}: is another process at {mark:g} minutes")
             if pools > MOST_POOL_THREADS:
                 found.append(f"{name}: gRPC's pools have {pools} threads at {mark:g} minutes")
             found += [
                 f"{name}: {what} grew from {a:g} to {b:g} at {mark:g} minutes"
-                for what, a, b, more in zip(("MiB", "open files", "threads"), before, after, (mib, 0, 0), strict=True)
-                if b > a * (1 + slack) + more
+                for what, a, b in zip(("MiB", "open files", "threads"), before, after, strict=True)
+                if b > a * (1 + slack) + (MORE_MIB.get(name, 0.0) if what == "MiB" else 0.0)
             ]
     return found
 
