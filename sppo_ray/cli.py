@@ -126,6 +126,8 @@ def scale(
 
 def _config_of(config: Path | None, resume: bool, overrides: Sequence[str]) -> Config:
     """Of a new run, or of one that goes on, whose own config is taken if no other is given to compare it with."""
+    from sppo_ray.run_dir import own_config
+
     if config is None:
         named = [text.removeprefix("run.dir=") for text in overrides if text.startswith("run.dir=")]
         if not resume or not named:
@@ -136,6 +138,7 @@ def _config_of(config: Path | None, resume: bool, overrides: Sequence[str]) -> C
                 f"--resume run.dir={named[-1]}: there is no config.yaml in it, so no run was begun there. Name a run's own "
                 "directory, or begin one with --config FILE."
             )
+        own_config(config.parent)  # if it is damaged, says what to do
     resolved = load_config(config, overrides)
     if resume and not (Path(resolved.run.dir) / "config.yaml").exists():
         raise ConfigError(f"--resume: run.dir={resolved.run.dir} holds no run; leave --resume out to begin one there.")

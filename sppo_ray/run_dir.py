@@ -40,6 +40,7 @@ COUNTS = (  # over all attempts at a run
     "restarts", "groups_sampled", "updates_repeated", "groups_generated", "groups_judged", "groups_trained", "groups_regenerated",
 )  # fmt: skip
 LOCK = ".lock"
+CONFIG_REMEDY = "put back a whole copy (run.mirror's, if there is one), or the config that the run was begun with"
 MANIFEST_REMEDY = (
     "put back a whole copy (run.mirror's, if there is one); without one it may be deleted: it only describes the run"
 )
@@ -72,11 +73,14 @@ def check_run_dir(config: Config) -> None:
         if foreign:
             raise ConfigError(f"run.dir={root} is not empty and holds no run; name another directory.")
         return
-    changed = _changed_keys(_own_config(root), config)
+    changed = _changed_keys(own_config(root), config)
     before, now = read_manifest(root).get("sources", {}), sources(config)
     if not isinstance(before, dict):
         raise ConfigError(f"{root / 'manifest.json'} is damaged (sources: {shown(before)}): {MANIFEST_REMEDY}.")
-    changed += [f"the content of {key} is not what it was" for key in before if before[key] != now.get(key)]
+    named = flatten(config.model_dump(mode="json"))
+    for key in (key for key in before if before[key] != now.get(key)):
+        there = now.get(key) != named[key]  # what is not on disk stands for itself
+        changed.append(f"{key}={shown(named[key])}: " + ("its content is not what it was" if there else "not there"))
     if changed:
         raise ConfigError(
             f"run.dir={root} holds a run with another config. Different: {'; '.join(changed)}. "
@@ -174,8 +178,9 @@ def _write_config(config: Config) -> None:
         temporary.write_text(dump_config(config), encoding="utf-8")
 
 
-def _own_config(root: Path) -> dict[str, Any]:
-    return _read_mapping(root / "config.yaml", parse_yaml, "put back the config of this run")
+def own_config(root: Path) -> dict[str, Any]:
+    """A run's config as it is on disk. Raises ConfigError if it is damaged."""
+    return _read_mapping(root / "config.yaml", parse_yaml, CONFIG_REMEDY)
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any], remedy: str) -> dict[str, Any]:

@@ -151,6 +151,9 @@ def test_resume_takes_the_run_s_own_config_and_refuses_where_there_is_no_run(tmp
     assert "limit: 96" in said
     code, said = answer("--resume", f"run.dir={run_dir}", "data.limit=48")
     assert (code, "data.limit was 96, is 48" in said) == (2, True), said
+    (run_dir / "config.yaml").write_text("junk: [")
+    code, said = answer("--resume", f"run.dir={run_dir}")
+    assert (code, "put back a whole copy" in said) == (2, True), said
 
 
 def test_what_cannot_be_a_path_is_refused(tmp_path):

@@ -95,8 +95,9 @@ def test_sources_may_move_but_not_change(tmp_path):
         (tmp_path / name).write_text(text)
     claim(config(tmp_path / "run", data__prompts=str(tmp_path / "a")), {})
     check_run_dir(config(tmp_path / "run", data__prompts=str(tmp_path / "b")))
-    with pytest.raises(ConfigError, match=r"the content of data\.prompts"):
-        check_run_dir(config(tmp_path / "run", data__prompts=str(tmp_path / "c")))
+    for name, wrong in (("c", "its content is not what it was"), ("d", "not there")):
+        with pytest.raises(ConfigError, match=rf"data\.prompts='{tmp_path / name}': {wrong}"):
+            check_run_dir(config(tmp_path / "run", data__prompts=str(tmp_path / name)))
 
 
 def full_for(writes, monkeypatch) -> None:
