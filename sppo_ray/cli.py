@@ -94,13 +94,16 @@ def evaluate(
     with exit_codes():
         from actors.evaluate import evaluate as run_evaluation
         from sppo_ray.layout import compute_layout
-        from sppo_ray.model_folder import inspect_policy
+        from sppo_ray.model_folder import NotAPolicy, inspect_policy
         from sppo_ray.preflight import preflight
 
         resolved = load_config(config, overrides or ())
         if resolved.evaluation.prompts is None:
             raise ConfigError("evaluation.prompts=null leaves nothing to evaluate on; name held-out prompts.")
-        inspect_policy(policy, resolved.policy.trust_remote_code)
+        try:
+            inspect_policy(policy, resolved.policy.trust_remote_code)
+        except NotAPolicy as error:  # policy.model is the other one here
+            raise ConfigError(str(error).replace("policy.model", "--policy")) from None
         layout = compute_layout(resolved)
         out.print(run_evaluation(resolved, layout, preflight(resolved), policy, out))
 

@@ -156,6 +156,14 @@ def test_resume_takes_the_run_s_own_config_and_refuses_where_there_is_no_run(tmp
     assert (code, "put back a whole copy" in said) == (2, True), said
 
 
+def test_eval_names_the_option_whose_policy_is_not_there():
+    config = str(ROOT / "configs/tiny_cpu.yaml")
+    result = CliRunner().invoke(app, ["eval", "--config", config, "--policy", "./nope"])
+    assert result.exit_code == 2
+    said = " ".join(result.stderr.split())
+    assert "--policy=./nope cannot serve as the policy: there is no such folder. Correct --policy" in said
+
+
 def test_what_cannot_be_a_path_is_refused(tmp_path):
     for arguments in (["train", "--resume", "run.dir=~nosuchuser/x"], ["scale", "--run", "~nosuchuser/x", "rollout=2"]):
         result = CliRunner().invoke(app, arguments)
