@@ -78,9 +78,11 @@ def check_run_dir(config: Config) -> None:
     if not isinstance(before, dict):
         raise ConfigError(f"{root / 'manifest.json'} is damaged (sources: {shown(before)}): {MANIFEST_REMEDY}.")
     named = flatten(config.model_dump(mode="json"))
-    for key in (key for key in before if before[key] != now.get(key)):
-        there = now.get(key) != named[key]  # what is not on disk stands for itself
-        changed.append(f"{key}={shown(named[key])}: " + ("its content is not what it was" if there else "not there"))
+    for key, was in before.items():
+        if was != now.get(key):
+            there = now.get(key) != named.get(key)  # what is not on disk stands for itself
+            what = "its content is not what it was" if there else "not there"
+            changed.append(f"{key}={shown(named.get(key))}: {what}")
     if changed:
         raise ConfigError(
             f"run.dir={root} holds a run with another config. Different: {'; '.join(changed)}. "

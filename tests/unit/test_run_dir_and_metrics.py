@@ -98,6 +98,9 @@ def test_sources_may_move_but_not_change(tmp_path):
     for name, wrong in (("c", "its content is not what it was"), ("d", "not there")):
         with pytest.raises(ConfigError, match=rf"data\.prompts='{tmp_path / name}': {wrong}"):
             check_run_dir(config(tmp_path / "run", data__prompts=str(tmp_path / name)))
+    update_manifest(tmp_path / "run", sources={"another.key": "1"})  # of another version
+    with pytest.raises(ConfigError, match=r"another\.key=None: not there"):
+        check_run_dir(config(tmp_path / "run", data__prompts=str(tmp_path / "a")))
 
 
 def full_for(writes, monkeypatch) -> None:
