@@ -12,8 +12,10 @@ from actors.process import begin
 from actors.stacks import Place, here
 from sppo_ray.buffer_service import BufferService
 from sppo_ray.config import Config
+from sppo_ray.threads import in_threads
 
 NAME = "buffer"
+DISK_THREADS = 2  # while groups are written, the learner's record is too
 
 
 class BufferActor(BufferService):
@@ -21,7 +23,7 @@ class BufferActor(BufferService):
 
     def __init__(self, config: Config, slices: Sequence[Sequence[str]] | None) -> None:
         begin(config.run.dir, NAME)
-        super().__init__(config, slices)
+        super().__init__(config, slices, in_threads(DISK_THREADS, "disk"))
 
     def __repr__(self) -> str:
         return f"BufferActor({NAME}, cpu)"

@@ -37,8 +37,8 @@ T = TypeVar("T")
 class BufferService:
     """Every method that changes the record returns only when the change is on disk.
 
-    Where the disk refuses, such a method waits in its thread and the others go on answering; when the disk's patience
-    (`run.storage_patience_s`) is at its end, the method raises StorageError and the run ends with it.
+    Where the disk refuses, such a method waits in its thread and those that write nothing go on answering; when the disk's
+    patience (`run.storage_patience_s`) is at its end, the method raises StorageError and the run ends with it.
     """
 
     def __init__(
