@@ -24,7 +24,7 @@ from actors.learner import LearnerActor
 from actors.learner_process import LearnerProcess
 from actors.policy_folder import local_folder
 from actors.pool import JudgePool, RolloutPool
-from actors.process import environment
+from actors.process import JUDGE_KERNELS, KERNELS, environment
 from actors.publish import publish_folder
 from actors.rollout import RolloutWorker
 from actors.stacks import Place
@@ -147,12 +147,13 @@ def _ids(slices: Sequence[Sequence[Prompt]] | None) -> list[list[str]] | None:
 def _actor(kind: type, name: str, config: Config, role: RoleLayout) -> Any:
     """An actor class with its name, resources and environment, ready for `.remote(...)`. Ray restarts none of them: the
     pools start their workers again."""
+    kernels = JUDGE_KERNELS if kind is JudgeWorker else KERNELS
     return ray.remote(kind).options(
         name=name,
         num_cpus=role.cpus,
         num_gpus=role.gpus,
         max_restarts=0,
-        runtime_env={"env_vars": environment(gpus=role.gpus > 0, threads=config.cluster.threads)},
+        runtime_env={"env_vars": environment(role.gpus > 0, config.cluster.threads, kernels)},
     )
 
 
