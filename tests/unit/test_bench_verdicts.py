@@ -106,7 +106,7 @@ def test_an_async_run_has_every_prompt_once_an_epoch_within_the_bound(
 AT_5 = {
     "judge": (400.0, 50, 30, 4, 7),
     "raylet": (20.0, 90, 33, 4, 1),
-    soak.IN_USE: (4.0, 0, 0, 0, 0),
+    soak.KEPT: (4.0, 0, 0, 0, 0),
     soak.TOUCHED: (9.0, 0, 0, 0, 0),
 }
 
@@ -134,8 +134,8 @@ AT_5 = {
             [f"{soak.TOUCHED}: MiB grew from 9 to 11.4 at 60 minutes"],
         ),
         (
-            {"judge": AT_5["judge"], soak.IN_USE: (4.2, 0, 0, 0, 0)},
-            [f"{soak.IN_USE}: MiB grew from 4 to 4.2 at 60 minutes"],
+            {"judge": AT_5["judge"], soak.KEPT: (4.2, 0, 0, 0, 0)},
+            [f"{soak.KEPT}: MiB grew from 4 to 4.2 at 60 minutes"],
         ),
     ],
 )
@@ -158,8 +158,8 @@ def test_an_object_store_that_cannot_be_read_is_not_taken_for_a_flat_one() -> No
 def test_the_middle_of_what_was_read() -> None:
     each = [soak.Figures(mib, 50, threads, 4, 7) for mib, threads in ((4.0, 30), (5.0, 30), (9.0, 31), (9.0, 30))]
     assert soak._middle("judge", each) == (9.0, 50, 30, 4, 7)
-    in_use = [soak.Figures(mib, 0, 0, 0, 0) for mib in (3.0, 3.0, 3.0, 7.0)]
-    assert soak._middle(soak.IN_USE, in_use) == (4.0, 0, 0, 0, 0)
+    in_use = [soak.Figures(mib, 0, 0, 0, 0) for mib in (7.0, 3.5, 3.0, 7.0)]
+    assert soak._middle(soak.KEPT, in_use) == (3.0, 0, 0, 0, 0)
 
 
 def test_a_run_that_ends_while_it_is_read_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
