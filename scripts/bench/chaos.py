@@ -29,6 +29,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from ending import exit_on_sigterm
 from kills import Killed, Run, Work, disturb, kinds_of, planned, updates_of
 from nodes import TwoNodes
 from rich.console import Console
@@ -103,6 +104,7 @@ def _weights(folder: Path) -> list[str]:
 
 
 def main() -> None:
+    exit_on_sigterm()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)

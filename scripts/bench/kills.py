@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
-from nodes import TwoNodes, end_with_parent, family
+from ending import end_with_parent
+from nodes import TwoNodes, family
 
 from sppo_ray.attempts import Progress, progress_of
 from sppo_ray.config import Config

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import random
 import secrets
-import signal
 import socket
 import sys
 import tempfile
@@ -15,6 +13,7 @@ import time
 from pathlib import Path
 
 import psutil
+from ending import end_with_parent
 
 START_LIMIT_S = 180
 UP = "Ray runtime started"  # what `ray start` prints
@@ -96,12 +95,6 @@ class TwoNodes:
                 sys.exit(f"no Ray node came up; {log}:\n{log.read_text()[-4000:]}")
             time.sleep(0.1)
         return process
-
-
-def end_with_parent() -> None:
-    """In a new process: it is asked to end, and what it started with it, when the one that started it has ended."""
-    pr_set_pdeathsig = 1  # linux/prctl.h
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def family(process: psutil.Process | None) -> list[psutil.Process]:

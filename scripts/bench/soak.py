@@ -22,7 +22,6 @@ import argparse
 import contextlib
 import os
 import re
-import signal
 import statistics
 import sys
 import time
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+from ending import exit_on_sigterm
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 from rich.console import Console
@@ -74,6 +74,7 @@ Reading = dict[str, Figures]  # by process
 
 
 def main() -> None:
+    exit_on_sigterm()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 30, 60])
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))
@@ -81,7 +82,6 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=ROOT / "configs/tiny_cpu_async.yaml")
     parser.add_argument("overrides", nargs="*", help="key=value")
     options = parser.parse_intermixed_args()  # overrides may follow --minutes
-    signal.signal(signal.SIGTERM, _end)
     command = ["--config", str(options.config), f"run.dir={options.out}", *LONG, *options.overrides]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.with_suffix(".log").open("wb") as log:
@@ -98,12 +98,6 @@ def main() -> None:
     for line in grown:
         print(line, file=sys.stderr)
     sys.exit(1 if grown else 0)
-
-
-def _end(*_: object) -> None:
-    """And the run with it, whatever else is sent while it ends."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit("terminated")
 
 
 def _follow(run: psutil.Popen, minutes: list[float]) -> dict[float, Reading]:
@@ -136,10 +130,10 @@ def read(run: psutil.Process) -> Reading:
                     found.setdefault(KEPT, []).append(Figures(_store_in_use(process), 0, 0, 0, 0))
                     found.setdefault(TOUCHED, []).append(Figures(_store_touched(process), 0, 0, 0, 0))
         time.sleep(3)
-    return {name: _middle(name, each) for name, each in found.items()}
+    return {name: _summary(name, each) for name, each in found.items()}
 
 
-def _middle(name: str, each: list[Figures]) -> Figures:
+def _summary(name: str, each: list[Figures]) -> Figures:
     """The median; of what is in the object store the least."""
     if name == KEPT:
         return min(each)

@@ -155,11 +155,11 @@ def test_an_object_store_that_cannot_be_read_is_not_taken_for_a_flat_one() -> No
         soak._in_memory(found[2:])
 
 
-def test_the_middle_of_what_was_read() -> None:
+def test_the_summary_of_what_was_read() -> None:
     each = [soak.Figures(mib, 50, threads, 4, 7) for mib, threads in ((4.0, 30), (5.0, 30), (9.0, 31), (9.0, 30))]
-    assert soak._middle("judge", each) == (9.0, 50, 30, 4, 7)
+    assert soak._summary("judge", each) == (9.0, 50, 30, 4, 7)
     in_use = [soak.Figures(mib, 0, 0, 0, 0) for mib in (7.0, 3.5, 3.0, 7.0)]
-    assert soak._middle(soak.KEPT, in_use) == (3.0, 0, 0, 0, 0)
+    assert soak._summary(soak.KEPT, in_use) == (3.0, 0, 0, 0, 0)
 
 
 def test_a_run_that_ends_while_it_is_read_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
