@@ -135,7 +135,7 @@ def _config_of(config: Path | None, resume: bool, overrides: Sequence[str]) -> C
         named = [text.removeprefix("run.dir=") for text in overrides if text.startswith("run.dir=")]
         if not resume or not named:
             raise ConfigError("no config is given: name one with --config FILE, or a run by --resume run.dir=DIR.")
-        config = user_path(named[-1]) / "config.yaml"
+        config = user_path(Path(named[-1]) / "config.yaml")
         if not config.exists():
             raise ConfigError(
                 f"--resume run.dir={named[-1]}: there is no config.yaml in it, so no run was begun there. Name a run's own "
@@ -143,7 +143,7 @@ def _config_of(config: Path | None, resume: bool, overrides: Sequence[str]) -> C
             )
         own_config(config.parent)  # if it is damaged, says what to do
     resolved = load_config(config, overrides)
-    if resume and not (Path(resolved.run.dir) / "config.yaml").exists():
+    if resume and not user_path(Path(resolved.run.dir) / "config.yaml").exists():
         raise ConfigError(f"--resume: run.dir={resolved.run.dir} holds no run; leave --resume out to begin one there.")
     return resolved
 

@@ -262,7 +262,7 @@ def _read_as(kind: Any, path: Path, without: str, **given: Any) -> Any:
 def _damaged(path: Path, error: Exception) -> StorageError:
     return StorageError(
         f"{path} is damaged ({error}). Put back a whole copy (run.mirror's, if there is one), or delete it: what it records is "
-        "then done again."
+        "then done again where it is still needed (without sealed.json a slice is sampled anew)."
     )
 
 

@@ -20,7 +20,7 @@ from sppo_ray.config import Config
 from sppo_ray.config_io import SOURCES, dump_config, flatten, parse_yaml, preset_overrides
 from sppo_ray.errors import ConfigError
 from sppo_ray.fingerprint import fingerprint
-from sppo_ray.given import shown
+from sppo_ray.given import shown, user_path
 from sppo_ray.secrets import hidden
 from sppo_ray.storage import Storage
 
@@ -65,7 +65,7 @@ def check_run_dir(config: Config) -> None:
         return
     if not root.is_dir():
         raise ConfigError(f"run.dir={root} is a file; name a directory that does not exist yet.")
-    if not (root / "config.yaml").exists():
+    if not user_path(root / "config.yaml").exists():
         try:
             foreign = [path for path in root.iterdir() if not _left_by_a_start(path)]
         except OSError as error:

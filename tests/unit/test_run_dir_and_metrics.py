@@ -16,6 +16,7 @@ from groups import config
 
 from actors.tally import Tally
 from sppo_ray import storage
+from sppo_ray.cli import _config_of
 from sppo_ray.errors import ConfigError
 from sppo_ray.metrics import MetricsLog, read_metrics
 from sppo_ray.run_dir import check_run_dir, claim, claimed, read_manifest, update_manifest
@@ -159,6 +160,22 @@ def test_a_run_directory_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_text", denied)
     with pytest.raises(ConfigError, match=r"config.yaml cannot be read .Permission denied"):
         check_run_dir(config(tmp_path))
+
+
+def test_a_run_directory_that_may_not_be_searched_is_refused(tmp_path, monkeypatch):
+    asked = Path.stat
+
+    def denied(path, **options):
+        if path.parent == tmp_path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return asked(path, **options)
+
+    named = config(tmp_path)
+    monkeypatch.setattr(Path, "stat", denied)
+    with pytest.raises(ConfigError, match=r"config.yaml' cannot be used as a path .Permission denied"):
+        check_run_dir(named)
+    with pytest.raises(ConfigError, match=r"config.yaml' cannot be used as a path .Permission denied"):
+        _config_of(None, True, [f"run.dir={tmp_path}"])
 
 
 def test_what_ended_a_run_is_not_hidden_by_its_full_disk(tmp_path, monkeypatch):
