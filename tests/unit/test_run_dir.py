@@ -1,9 +1,8 @@
-"""A run directory belongs to one config; metrics hold each step once, whatever was done again."""
+"""A run directory belongs to one config; its manifest counts over all attempts."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -13,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from groups import config
+from typer.testing import CliRunner
 
 from actors.tally import Tally
 from sppo_ray import storage
-from sppo_ray.cli import _config_of
+from sppo_ray.cli import app
 from sppo_ray.errors import ConfigError
-from sppo_ray.metrics import MetricsLog, read_metrics
 from sppo_ray.run_dir import check_run_dir, claim, claimed, read_manifest, update_manifest
 from sppo_ray.storage import Storage, StorageError
 from sppo_ray.types import Look
@@ -174,8 +173,8 @@ def test_a_run_directory_that_may_not_be_searched_is_refused(tmp_path, monkeypat
     monkeypatch.setattr(Path, "stat", denied)
     with pytest.raises(ConfigError, match=r"config.yaml' cannot be used as a path .Permission denied"):
         check_run_dir(named)
-    with pytest.raises(ConfigError, match=r"config.yaml' cannot be used as a path .Permission denied"):
-        _config_of(None, True, [f"run.dir={tmp_path}"])
+    result = CliRunner().invoke(app, ["train", "--resume", f"run.dir={tmp_path}"])
+    assert (result.exit_code, "(Permission denied)" in result.stderr) == (2, True), result.output
 
 
 def test_what_ended_a_run_is_not_hidden_by_its_full_disk(tmp_path, monkeypatch):
@@ -278,27 +277,3 @@ def test_the_end_of_a_run_waits_until_the_manifest_is_there(tmp_path, monkeypatc
     assert read_manifest(tmp_path)["status"] == "done"
     assert read_manifest(tmp_path)["seed"] == 7
     assert "cannot write the manifest" in said[0]
-
-
-def test_metrics_hold_each_step_once(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path)
-    assert log.write({"step": 1, "loss": 2.0})
-    assert log.write({"event": "evaluation", "iteration": 1, "x": 1})
-    assert not MetricsLog(path).write({"step": 1, "loss": 3.0})
-    assert MetricsLog(path).write({"step": 2, "loss": 3.0})
-    assert [line.get("step") for line in read_metrics(path)] == [1, None, 2]
-
-
-def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    MetricsLog(path).write({"step": 1})
-    with path.open("a") as file:
-        file.write('{"step": 2, "lo')
-    assert MetricsLog(path).write({"step": 2, "loss": 1.0})
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
-
-
-def test_metrics_are_json(tmp_path):
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        MetricsLog(tmp_path / "m.jsonl").write({"step": 1, "loss": float("nan")})
