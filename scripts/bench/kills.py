@@ -206,7 +206,7 @@ def disturb(run: Run, kinds: list[str], rng: random.Random, work: Work, pause: t
             if not _has_done(run, work, share) or not (at_once or _serving_for(run, rng.uniform(*pause))):
                 break
             watch.stop()
-            if not _strike(run, kind, rng):
+            if not strike(run, kind, rng):
                 break
             watch.start(kind)
             done.kinds[kind] += 1
@@ -224,7 +224,7 @@ def disturb(run: Run, kinds: list[str], rng: random.Random, work: Work, pause: t
     return done
 
 
-def _strike(run: Run, kind: str, rng: random.Random) -> bool:
+def strike(run: Run, kind: str, rng: random.Random) -> bool:
     """Kill one process of the kind, or all there are. False: the run is over."""
     while victims := _await_victims(run, kind):
         chosen = _held(run, kind) if kind in WHOLE else [rng.choice(victims)]
