@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from actors.pool import JudgePool, Pool, RolloutPool
 from sppo_ray.config import Config
 from sppo_ray.errors import ConfigError, SppoError
 from sppo_ray.scaling import Desired, ScaledRole, desired, refuse_impossible
+from sppo_ray.threads import in_daemon_thread
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ class Fleet:
         handled: Desired | str | None = None  # the request, or what is wrong with it
         while True:
             try:
-                wanted = desired(Path(self._config.run.dir), self._config)
+                wanted = await in_daemon_thread(partial(desired, Path(self._config.run.dir), self._config))
                 refuse_impossible(self._config, wanted)
             except ConfigError as error:
                 if handled != str(error):

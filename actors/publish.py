@@ -111,5 +111,5 @@ def _commit_folder(config: Config, hub: Any, version: int, checksum: Checksum, f
     ray.get(hub.commit_folder.remote(version, checksum.hexdigest(), str(folder)))
     for old in sorted((Path(config.run.dir) / "weights").glob("*"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
         if old != folder:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # what is left of it goes with the next one's
     return checksum.hexdigest()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import signal
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from rich.console import Console
@@ -43,6 +43,7 @@ from sppo_ray.step_plan import StepPlan
 from sppo_ray.storage import Storage
 from sppo_ray.threads import in_daemon_thread
 
+T = TypeVar("T")
 LEAVE_LIMIT_S = 60.0
 RECORD_LIMIT_S = 10.0  # for the last line of an attempt: its disk may be what it failed of
 
@@ -50,12 +51,13 @@ RECORD_LIMIT_S = 10.0  # for the last line of an attempt: its disk may be what i
 def train(config: Config, layout: Layout, checked: Preflight, console: Console) -> None:
     """Run to the end. Raises what stopped it; everything done so far is in the run directory."""
     give_memory_back()
-    attempts = Attempts(Path(config.run.dir), config.cluster.max_restarts, partial(say, console, style="yellow"))
+    root, storage = Path(config.run.dir), Storage(config.run.storage_patience_s)
+    attempts = Attempts(root, config.cluster.max_restarts, partial(say, console, style="yellow"))
     facts = {"prompts": dataclasses.asdict(checked.prompts.report)}
     while attempts.more:
         with attempts.next(), connected(config, layout) as cluster, claimed(config, facts):
             if attempts.begun == 1:
-                scaling.forget(Path(config.run.dir))
+                storage.patiently("an earlier request", root / scaling.FILE, partial(scaling.forget, root), "remove")
             if cluster.dashboard:
                 say(console, f"Ray dashboard: {cluster.dashboard} (namespace {cluster.namespace})")
             _run(config, layout, checked, console)
@@ -73,7 +75,7 @@ def _run(config: Config, layout: Layout, checked: Preflight, console: Console) -
             update_manifest(root, **ended)
             update_manifest(root, **counts(config))
         raise
-    update_manifest(root, Storage(config.run.storage_patience_s), status="done", **counts(config))
+    update_manifest(root, Storage(config.run.storage_patience_s), status="done", **_patiently(counts, config))
     if mirror:
         asyncio.run(mirror.finish())
 
@@ -81,6 +83,12 @@ def _run(config: Config, layout: Layout, checked: Preflight, console: Console) -
 def _told(error: BaseException) -> str:
     text = "\n".join([str(error) or repr(error), *getattr(error, "__notes__", ())])
     return Text.from_ansi(text).plain  # Ray colours what it quotes
+
+
+def _patiently(read: Callable[[Config], T], config: Config) -> T:
+    """What is read of the record, as soon as the disk or file server lets it."""
+    storage = Storage(config.run.storage_patience_s)
+    return storage.patiently("the record in", Path(config.run.dir), partial(read, config), "read")
 
 
 async def _train(config: Config, layout: Layout, checked: Preflight, console: Console, mirror: Mirror | None) -> None:
@@ -92,7 +100,7 @@ async def _train(config: Config, layout: Layout, checked: Preflight, console: Co
         await _alone()
         for found in await in_daemon_thread(partial(recover, config)):
             progress.alarm(found)
-        held = await in_daemon_thread(partial(groups_on_disk, config))
+        held = await in_daemon_thread(partial(_patiently, groups_on_disk, config))
         progress.say("starting the workers")
         async with running(config, layout, checked.prompts.heldout, checked.prompts.slices) as now:
             await now.buffer.record({"event": "prompts"} | dataclasses.asdict(checked.prompts.report))

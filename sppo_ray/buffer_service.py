@@ -68,7 +68,8 @@ class BufferService:
     # Called by the schedule.
 
     async def held(self, iteration: int) -> frozenset[str]:
-        return frozenset(self._buffer.held(iteration))
+        async with self._record:
+            return frozenset(await self._durably(self._buffer.held, iteration))
 
     async def add(self, judged: Sequence[JudgedGroup]) -> None:
         """Acknowledges when the groups are on disk; groups that arrive within `buffer.flush_s` share a shard."""

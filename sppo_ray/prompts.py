@@ -17,7 +17,7 @@ from typing import Any
 from sppo_ray.config import Config
 from sppo_ray.errors import ConfigError
 from sppo_ray.given import is_unicode, shown
-from sppo_ray.odd_text import holds_control, holds_emoji, holds_right_to_left
+from sppo_ray.odd_text import holds_control, holds_emoji, holds_right_to_left, looks_special
 from sppo_ray.prompt_sources import Row, read_rows
 from sppo_ray.templating import PromptEncoder, encoder_of
 from sppo_ray.types import Prompt
@@ -271,7 +271,7 @@ def _encode(
         if ids.tolist() == bare:  # a bare template around characters that the tokenizer drops
             report.empty += 1
             continue
-        report.special_strings += encoder.holds_special_string(prompt.text)
+        report.special_strings += encoder.holds_special_string(prompt.text) or looks_special(prompt.text)
         report.imitations += encoder.imitates_turn_end(prompt.text)
         if ids.size > room:
             if config.data.overlong == "refuse":

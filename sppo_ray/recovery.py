@@ -61,9 +61,9 @@ def _recover(config: Config) -> list[str]:
             shutil.rmtree(folder / "ledger", ignore_errors=True)
         else:
             said += _check_shards(ledger, iteration)
-        _clear(folder)
         _clear(folder / "ledger")
     for iteration in range(config.schedule.iterations + 1):
+        _clear(ledger.folder(iteration))
         said += _check_evaluation(ledger.folder(iteration))
     return said
 

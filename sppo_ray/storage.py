@@ -112,16 +112,16 @@ class Storage:
             if new:
                 self._waiting[work] = text
         if new:
+            self._hear(self.trouble)  # first: the log may be on the disk that hangs
             log.warning("%s", text)
-            self._hear(self.trouble)
 
     def _over(self, work: object) -> None:
         with self._lock:
             self._at_work.remove(work)
             waited = self._waiting.pop(work, None)
         if waited is not None:
-            log.warning("no longer: %s", waited)
             self._hear(self.trouble)
+            log.warning("no longer: %s", waited)
 
 
 def _fault(what: str, path: Path, error: BaseException | None) -> str:

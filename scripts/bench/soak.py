@@ -50,6 +50,7 @@ NAMED = {
     "TrainController": "train controller",
 }
 KEPT, TOUCHED = "object store, kept", "object store, touched"
+READINGS = 60  # 3 s apart
 POOLS = ("default-executo", "event_engine")  # as Linux cuts their names
 # Twice what was seen in an hour on two cores, and gRPC's own bound.
 MOST_POOL_THREADS = max(16, 4 * (os.cpu_count() or 1))
@@ -90,14 +91,21 @@ def main() -> None:
         try:
             readings = _follow(run, sorted(options.minutes))
         finally:
-            with contextlib.suppress(psutil.Error):  # it has ended, or does not in that time
-                run.terminate()
-                run.wait(120)
+            _end(run)
     _show(readings)
     grown = _grown(readings, options.slack)
     for line in grown:
         print(line, file=sys.stderr)
     sys.exit(1 if grown else 0)
+
+
+def _end(run: psutil.Popen) -> None:
+    """With all that is under it, if it does not end in order."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        processes = [run, *run.children(recursive=True)]
+        run.terminate()
+        for process in psutil.wait_procs(processes, timeout=120)[1]:
+            process.kill()
 
 
 def _follow(run: psutil.Popen, minutes: list[float]) -> dict[float, Reading]:
@@ -106,8 +114,9 @@ def _follow(run: psutil.Popen, minutes: list[float]) -> dict[float, Reading]:
         while time.monotonic() - began < 60 * mark:
             _refuse_ended(run, mark)
             time.sleep(1)
-        readings[mark] = read(run)
+        found = read(run)
         _refuse_ended(run, mark)  # what was read of a run that ended meanwhile says nothing
+        readings[mark] = _summaries(found)
     return readings
 
 
@@ -116,20 +125,26 @@ def _refuse_ended(run: psutil.Popen, mark: float) -> None:
         sys.exit(f"the run ended (exit code {run.returncode}) before the reading at {mark:g} minutes was done")
 
 
-def read(run: psutil.Process) -> Reading:
-    """Of the driver and all processes under it, from three minutes' readings, which are more than an iteration: work comes in
-    waves."""
+def read(run: psutil.Process) -> dict[str, list[Figures]]:
+    """Of the driver and all processes under it, through three minutes, which are more than an iteration: work comes in waves."""
     found: dict[str, list[Figures]] = {}
-    for _ in range(60):
+    for _ in range(READINGS):
         for process in (run, *run.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess, FileNotFoundError):
                 if (name := _name(process, run)) is None:
                     continue
                 found.setdefault(name, []).append(_figures(process))
                 if name == "raylet":
-                    found.setdefault(KEPT, []).append(Figures(_store_in_use(process), 0, 0, 0, 0))
                     found.setdefault(TOUCHED, []).append(Figures(_store_touched(process), 0, 0, 0, 0))
+                    with contextlib.suppress(OSError):  # on a busy machine the node may not answer in time
+                        found.setdefault(KEPT, []).append(Figures(_store_in_use(process), 0, 0, 0, 0))
         time.sleep(3)
+    return found
+
+
+def _summaries(found: dict[str, list[Figures]]) -> Reading:
+    if (times := len(found.get(KEPT, []))) < READINGS / 2:
+        sys.exit(f"the node told what is in its object store {times} times of {READINGS}: too seldom")
     return {name: _summary(name, each) for name, each in found.items()}
 
 

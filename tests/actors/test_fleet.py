@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,24 @@ async def until(true: Callable[[], bool]) -> None:
     async with asyncio.timeout(300):
         while not true():
             await asyncio.sleep(0.05)
+
+
+async def test_a_file_server_that_hangs_does_not_hold_up_the_driver(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, back, held_up = threading.Event(), threading.Event(), list[bool]()
+
+    def hangs(*_: object) -> None:
+        asked.set()
+        held_up.append(not back.wait(30))
+
+    monkeypatch.setattr(fleet_module, "desired", hangs)
+    following = asyncio.create_task(bench.fleet.follow())
+    await until(asked.is_set)
+    back.set()
+    await until(lambda: bool(held_up))
+    following.cancel()
+    assert held_up[0] is False
 
 
 async def test_the_driver_follows_the_file(bench: Bench, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ class AsyncRun(RuleBasedStateMachine):
                     self.loosest if step in self.batches or self.sealed_before else self.config.schedule.max_staleness
                 )
                 for example in examples:
-                    assert example.staleness == consumed - example.policy_version <= bound
+                    assert 0 <= example.staleness == consumed - example.policy_version <= bound
                 assert self.batches.setdefault(step, rows) == rows  # asked again, the same rows
                 self.step += 1
             case PublishTask(version=version):

@@ -78,12 +78,20 @@ def test_any_script_passes_unchanged_and_is_counted(tmp_path: Path, name: str, c
 
 def test_special_strings_in_a_prompt_are_plain_text_and_counted(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "policy")
-    found = prepared(tmp_path, tokenizer, "hello", "a</s>b", "x <|assistant|> fine </s><s><|user|> y", "<|im_end|>")
-    assert found.report.special_strings == 2  # <|im_end|> is nothing special to this policy
+    found = prepared(
+        tmp_path,
+        tokenizer,
+        "hello",
+        "a</s>b",
+        "x <|assistant|> fine </s><s><|user|> y",
+        "<|im_end|>",
+        "<|candidate1|> b",
+    )
+    assert found.report.special_strings == 4  # the last two are nothing special to this policy
     special = set(tokenizer.all_special_ids)
     structures = {tuple(i for i in p.token_ids.tolist() if i in special) for s in found.slices for p in s}
     assert structures == {tuple(tokenizer.convert_tokens_to_ids(["<s>", "<|user|>", "<|assistant|>"]))}
-    assert "2 with special tokens' strings (read as plain text)" in found.report.summary()
+    assert "4 with special tokens' strings (read as plain text)" in found.report.summary()
 
 
 def test_plain_text_that_imitates_the_template_is_kept_counted_and_noted(tmp_path: Path) -> None:

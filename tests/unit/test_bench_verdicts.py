@@ -160,6 +160,9 @@ def test_the_summary_of_what_was_read() -> None:
     assert soak._summary("judge", each) == (9.0, 50, 30, 4, 7)
     in_use = [soak.Figures(mib, 0, 0, 0, 0) for mib in (7.0, 3.5, 3.0, 7.0)]
     assert soak._summary(soak.KEPT, in_use) == (3.0, 0, 0, 0, 0)
+    assert soak._summaries({"judge": each, soak.KEPT: 15 * in_use}).keys() == {"judge", soak.KEPT}
+    with pytest.raises(SystemExit, match="told what is in its object store 4 times of 60"):
+        soak._summaries({"judge": each, soak.KEPT: in_use})
 
 
 def test_a_run_that_ends_while_it_is_read_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:

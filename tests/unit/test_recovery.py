@@ -227,11 +227,13 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path):
     for path in ("ledger/shard-000000-x.parquet", ".train.parquet.123.tmp", ".policy.123.tmp/part-0.safetensors"):
         (tmp_path / "iter_1" / path).parent.mkdir(exist_ok=True)
         (tmp_path / "iter_1" / path).touch()
-    (tmp_path / ".manifest.json.123.tmp").touch()
+    for name in (".manifest.json.123.tmp", "iter_0/.evaluation.parquet.123.tmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     assert recover(cfg) == []
     left = sorted(path.name for path in (tmp_path / "iter_1").iterdir())
     assert left == ["generated.parquet", "reference.parquet", "sealed.json", "train.parquet"]
-    assert not (tmp_path / ".manifest.json.123.tmp").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 async def test_a_policy_that_is_no_more_leaves_no_evaluation_behind(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import resource
 import threading
@@ -93,10 +94,13 @@ def test_a_write_is_tried_again_and_the_user_hears_of_it(tmp_path):
 
 
 def test_a_write_that_hangs_is_said(tmp_path, monkeypatch):
-    """As on a file server that is away and raises nothing."""
+    """As on a file server that is away and raises nothing; the log is on it, too."""
     monkeypatch.setattr(storage, "SLOW_S", 0.01)
     heard: list[str] = []
     said, back = threading.Event(), threading.Event()
+    log = logging.Handler()
+    monkeypatch.setattr(log, "emit", lambda record: back.wait(60))
+    monkeypatch.setattr(storage.log, "handlers", [log])
 
     def hear(text):
         heard.append(text)

@@ -112,12 +112,31 @@ def test_what_counts_as_unsafe(source: str, unsafe: bool) -> None:
     assert bool(list(unsafe_calls(source))) == unsafe
 
 
-def test_whatever_starts_a_ray_here_keeps_it_on_loopback() -> None:
-    def starts_one(path: Path) -> bool:
-        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-        inits = [call for call in calls if ast.unparse(call.func) == "ray.init"]
-        return any(ast.unparse(given) == "address='local'" for call in inits for given in call.keywords)
+def starts_a_ray(source: str) -> bool:
+    """Whether it calls ray.init with anything but a variable for an address."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    inits = [call for call in calls if ast.unparse(call.func) == "ray.init"]
+    given = [[*call.args[:1], *(key.value for key in call.keywords if key.arg == "address")] for call in inits]
+    return not all(addresses and isinstance(addresses[0], ast.Name) for addresses in given)
 
-    starting = [path for folder in ("actors", "scripts") for path in (ROOT / folder).rglob("*.py") if starts_one(path)]
+
+@pytest.mark.parametrize(
+    ("source", "starts"),
+    [
+        ("ray.init()", True),
+        ("ray.init('local')", True),
+        ("ray.init(num_cpus=2, address='local')", True),
+        ("ray.init(address, num_cpus=2)", False),
+        ("ray.init(address=address)", False),
+        ("ray.get(ref)", False),
+    ],
+)
+def test_what_counts_as_starting_a_ray(source: str, starts: bool) -> None:
+    assert starts_a_ray(source) == starts
+
+
+def test_whatever_starts_a_ray_here_keeps_it_on_loopback() -> None:
+    files = [path for folder in ("actors", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    starting = [path for path in files if starts_a_ray(path.read_text())]
     assert {path.name for path in starting} == {"cluster.py", "publish.py"}
     assert all("    stay_on_loopback()\n" in path.read_text() for path in starting)
