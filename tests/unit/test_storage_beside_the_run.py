@@ -1,4 +1,5 @@
-"""The buffer while its disk refuses: it answers, hands nothing out that is not on disk, and says what is waited for."""
+"""While the disk refuses: the buffer answers, hands nothing out that is not on disk, and says what is waited for; driver and
+learner go on."""
 
 from __future__ import annotations
 
@@ -6,17 +7,20 @@ import asyncio
 import errno
 import os
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 from groups import config, judged
 
+from actors import publish, train
 from sppo_ray import storage
 from sppo_ray.atomic import read_lines
 from sppo_ray.buffer_service import BufferService
 from sppo_ray.ledger import Ledger
 from sppo_ray.metrics import read_metrics
 from sppo_ray.storage import StorageError
+from sppo_ray.weight_chunks import Checksum
 
 
 @pytest.fixture(autouse=True)
@@ -129,3 +133,38 @@ async def test_the_buffer_answers_while_a_file_server_hangs_with_a_batch(tmp_pat
         back.set()
     assert len((await asked).examples) == 2
     assert (await service.look()).trouble == ""
+
+
+def test_the_driver_counts_the_record_when_it_can_be_read_again(tmp_path, monkeypatch):
+    cfg = config(tmp_path, run__storage_patience_s=60)
+    Ledger(cfg).append(1, [judged("p0")])
+    faults, real = [OSError(errno.EIO, "Input/output error")] * 2, Ledger._shards
+
+    def shards(self, iteration):
+        if faults:
+            raise faults.pop()
+        return real(self, iteration)
+
+    monkeypatch.setattr(Ledger, "_shards", shards)
+    assert (train._patiently(train.groups_on_disk, cfg), faults) == (1, [])
+
+
+def test_an_old_version_that_cannot_be_removed_does_not_end_a_publish(tmp_path, monkeypatch):
+    """As a file server keeps a folder in which somebody has a file open. It goes with a later one."""
+    folders = [tmp_path / f"weights/v{version}" for version in range(publish.KEPT + 1)]
+    for age, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        os.utime(folder, (age, age))
+    hub = SimpleNamespace(commit_folder=SimpleNamespace(remote=lambda *facts: None))
+    monkeypatch.setattr(publish, "ray", SimpleNamespace(get=lambda ref: None))
+    commit = partial(publish._commit_folder, config(tmp_path), hub, publish.KEPT, Checksum(), folders[-1])
+
+    def busy(path, **_):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", busy)
+        assert commit() == Checksum().hexdigest()
+    assert folders[0].exists()
+    commit()
+    assert not folders[0].exists()
