@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,7 @@ import pytest
 from sppo_ray.attempts import progress_of
 from sppo_ray.config_io import load_config
 from sppo_ray.metrics import read_metrics
-from tests.actors.job_runs import LIMIT_S, PROMPTS, ROOT, SLOW, SMALL, manifest, shards, steps, wait_for
+from tests.actors.job_runs import LIMIT_S, PROMPTS, ROOT, SLOW, SMALL, manifest, shards, steps
 
 sys.path.insert(0, str(ROOT / "scripts/bench"))
 import chaos
@@ -41,8 +42,9 @@ def test_it_fails_while_a_run_samples_judges_trains_and_saves(whole, tmp_path):
         hold(run, "learner", when=lambda: steps(folder) >= 1)
         power_fails(run)
         assert not (folder / "iter_1/trained.json").exists()
-        hold(run, "weights", when=lambda: run.victims("rollout", started=True) and run.victims("learner", started=True))
-        wait_for((folder / "iter_1/policy").exists)
+        # Everybody has started by then, but nothing was published yet.
+        hold(run, "weights", when=lambda: run.log.read_text().count("sampling and judging") == 4)
+        until(run, (folder / "iter_1/policy").exists)
         power_fails(run)  # the policy is on disk, but neither published nor on record as trained
         assert not (folder / "iter_1/trained.json").exists()
     assert_as_undisturbed(folder, whole[0], restarts=4)
@@ -54,7 +56,7 @@ def test_it_fails_between_publish_and_checkpoint(whole, tmp_path):
     with a_run("tiny_cpu_async", tmp_path / "run", "weights.publish_every=1") as run:
         folder = run.folder
         hold(run, "learner", when=lambda: "publish" in events(folder))
-        wait_for(lambda: max(versions_sampled(folder), default=0) >= 1)
+        until(run, lambda: max(versions_sampled(folder), default=0) >= 1)
         power_fails(run)
         assert not (folder / "checkpoints").exists()
         assert not (folder / "iter_1/trained.json").exists()
@@ -75,14 +77,21 @@ def a_run(config: str, folder: Path, *options: str) -> Iterator[kills.Run]:
 
 def hold(run: kills.Run, kind: str, when: Callable[[], object]) -> None:
     """Stops the process of that kind as soon as `when`; returns when the run has come to wait for it."""
-    while not ((victims := run.victims(kind)) and when()):
-        assert not run.over, run.log.read_text()
-        time.sleep(0.02)
-    victims[0].suspend()
+    (process,) = until(run, lambda: run.victims(kind))
+    until(run, when)
+    process.suspend()
     before, now = None, progress_of(run.folder)
     while before != now:
         time.sleep(3)
         before, now = now, progress_of(run.folder)
+
+
+def until(run: kills.Run, found: Callable[[], Any]) -> Any:
+    """What is found in the end, of a run that goes on."""
+    while not (there := found()):
+        assert not run.over, run.log.read_text()
+        time.sleep(0.02)
+    return there
 
 
 def power_fails(run: kills.Run) -> None:
