@@ -107,7 +107,7 @@ def _start(layout: Layout, namespace: str) -> ray.runtime_context.RuntimeContext
         if "timed out during startup" not in str(error):  # Ray has no type for it, and 30 s for the limit
             raise
         raise SppoError(
-            "Ray did not start on this machine within 30 s: it is overloaded; try again when it is not"
+            "Ray did not start on this machine in the time it gives itself: it is overloaded; try again when it is not"
         ) from None
 
 

@@ -27,7 +27,7 @@ def evaluate(config: Config, layout: Layout, checked: Preflight, policy: str, co
     with tempfile.TemporaryDirectory(prefix="sppo-eval-") as scratch, connected(config, layout):
         there = config.model_copy(update={"run": config.run.model_copy(update={"dir": scratch})})
         asyncio.run(_evaluate(there, layout.without_learner(), checked, policy, console))
-        return closing_table(read_metrics(Path(scratch) / "metrics.jsonl"))
+        return closing_table(read_metrics(Path(scratch) / "metrics.jsonl"), policy)
 
 
 async def _evaluate(config: Config, layout: Layout, checked: Preflight, policy: str, console: Console) -> None:

@@ -226,7 +226,7 @@ def exit_codes() -> Iterator[None]:
         say(err, f"failed: {error}", "red")
         for note in getattr(error, "__notes__", ()):
             say(err, note)
-        err.print("the run can be resumed: give the same command again", style="yellow")
+        err.print("the same command can be given again; a run that has begun goes on where it stopped", style="yellow")
         raise typer.Exit(1) from None
 
 

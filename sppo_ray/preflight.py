@@ -113,6 +113,11 @@ def _refuse_cut_prompts(config: Config, prompts: PreparedPrompts) -> None:
 def _warnings(config: Config, raw: RawPrompts, prompts: PreparedPrompts, encoder: PromptEncoder) -> list[str]:
     """Settings that work and are probably not meant."""
     found = []
+    usable = sum(map(len, raw.slices))
+    if config.data.limit and usable < config.data.limit:
+        found.append(
+            f"data.limit={config.data.limit}, but {config.data.prompts} gives {usable} usable prompts: all are taken."
+        )
     smallest, batch = min(map(len, prompts.slices)), config.learner.batch_size
     if smallest < batch:
         found.append(

@@ -50,7 +50,7 @@ class RunProgress:
             disable=not console.is_terminal,
         )
         self._sampled = self._judged = self._trained = TaskID(0)
-        self._iteration = self._tokens = self._truncated = self._steps = 0
+        self._iteration = self._held = self._tokens = self._truncated = self._steps = 0
         self.groups = 0  # sampled since this display began, repeated ones counted again
         self._since = self._last_line = time.monotonic()
 
@@ -72,7 +72,7 @@ class RunProgress:
     # Watch.
 
     def sampling(self, iteration: int, total: int, held: int) -> None:
-        self._iteration, self._tokens, self._truncated = iteration, 0, 0
+        self._iteration, self._held, self._tokens, self._truncated = iteration, held, 0, 0
         self._since = self._last_line = time.monotonic()
         for task in self.bars.task_ids:
             self.bars.remove_task(task)
@@ -97,8 +97,9 @@ class RunProgress:
         )
 
     def sealed(self, summary: SliceSummary) -> None:
+        held = f"{self._held} of them from before; of the others " if self._held else ""
         self.say(
-            f"  sealed: {summary.groups} groups, {self._tokens:,} tokens, {self._truncated} responses at the token limit, "
+            f"  sealed: {summary.groups} groups, {held}{self._tokens:,} tokens, {self._truncated} responses at the token limit; "
             f"{summary.cut_responses} longer than the judge reads, {summary.identical_groups} groups of identical responses, "
             f"order inconsistency {summary.order_inconsistency:.1%}, cycles {summary.cycle_rate:.1%}"
         )

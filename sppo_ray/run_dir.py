@@ -86,10 +86,17 @@ def check_run_dir(config: Config) -> None:
     if changed:
         raise ConfigError(
             f"run.dir={root} holds a run with another config. Different: {'; '.join(changed)}. "
-            "Name another run.dir, or give these keys their old values to go on with that run. "
-            f"What may change when a run goes on: {', '.join(MAY_CHANGE)}, and all of "
-            f"{', '.join(f'{section}.*' for section in SECTIONS_MAY_CHANGE)} but {', '.join(MUST_STAY)}."
+            f"Name another run.dir, or give these keys their old values to go on with that run.\n{_what_may_change()}"
         )
+
+
+def _what_may_change() -> str:
+    """A line for each section."""
+    lines = ["What may change when a run goes on:"]
+    for section in sorted({key.split(".")[0] for key in MAY_CHANGE}):
+        lines.append("  " + ", ".join(key for key in MAY_CHANGE if key.startswith(f"{section}.")))
+    every = ", ".join(f"{section}.*" for section in SECTIONS_MAY_CHANGE)
+    return "\n".join([*lines, f"  {every} but {', '.join(MUST_STAY)}"])
 
 
 def _left_by_a_start(path: Path) -> bool:

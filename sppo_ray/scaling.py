@@ -115,12 +115,12 @@ def _scalable(root: Path) -> Config:
     if not (root / "config.yaml").is_file():
         raise ConfigError(f"{root} is not a run directory: it has no config.yaml; give the run.dir of a running job.")
     config = load_config(root / "config.yaml")
+    status = read_manifest(root).get("status")
+    if status != "running":
+        raise ConfigError(f"the run in {root} is not running (its manifest says {status}): there is nothing to scale.")
     if config.schedule.mode != "async":
         raise ConfigError(
             f"the run in {root} has schedule.mode={config.schedule.mode}, whose workers are fixed while it runs: stop it, "
             "and go on with another rollout.num_workers or judge.num_workers."
         )
-    status = read_manifest(root).get("status")
-    if status != "running":
-        raise ConfigError(f"the run in {root} is not running (its manifest says {status}): there is nothing to scale.")
     return config

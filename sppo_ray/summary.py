@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from sppo_ray.evaluation import MODES
 
@@ -24,21 +25,29 @@ def evaluations(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
     return sorted((m for m in metrics if m.get("event") == "evaluation"), key=lambda m: m["iteration"])
 
 
-def closing_table(metrics: Sequence[Mapping[str, Any]]) -> Table | None:
-    """Two rows per policy (greedy and sampled answers), the base first; None if the run had no evaluation."""
+def closing_table(metrics: Sequence[Mapping[str, Any]], policy: str | None = None) -> Table | None:
+    """Two rows per policy (greedy and sampled answers), the base first; None if the run had no evaluation.
+
+    policy: the one that `sppo eval` was given; what came before it is the base, so there is no column of its own.
+    """
     lines = evaluations(metrics)
     if not lines:
         return None
-    table = Table(title=f"Held-out evaluation, {lines[0]['prompts']} prompts")
+    of = f" of {policy}" if policy else ""
+    table = Table(title=Text(f"Held-out evaluation{of}, {lines[0]['prompts']} prompts", "table.title"))
     table.add_column("policy")
     table.add_column("answers")
-    columns = [column for column in COLUMNS if any(f"{column[0]}_{MODES[0]}" in line for line in lines)]
+    columns = [
+        column
+        for column in COLUMNS
+        if any(f"{column[0]}_{MODES[0]}" in line for line in lines) and not (policy and "_previous" in column[0])
+    ]
     if any("_vs_" in key for key, _, _ in columns):
         table.caption = "vs: win rates, ties count half"
     for _, heading, _ in columns:
         table.add_column(heading, justify="right")
     for line in lines:
-        name = f"iter {line['iteration']}" if line["iteration"] else "base"
+        name = ("policy" if policy else f"iter {line['iteration']}") if line["iteration"] else "base"
         for mode in MODES:
             values = ((line.get(f"{key}_{mode}"), form) for key, _, form in columns)
             cells = ("" if value is None else form.format(value) for value, form in values)

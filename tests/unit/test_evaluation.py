@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
 import os
 
 import numpy as np
 import pytest
 from groups import config, prompt
+from rich.console import Console
 
 from sppo_ray import storage
 from sppo_ray.evaluation import HeldOutEvaluator, win_share
@@ -98,6 +100,14 @@ def test_the_table_has_two_rows_per_policy(lines):
     table = closing_table([{"step": 1, "loss": 1.0}, *lines])
     assert table.row_count == 6
     assert closing_table([{"step": 1}]) is None
+
+
+def test_the_table_of_one_given_policy_names_it_and_has_no_previous_one(lines):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(closing_table(lines[:2], "runs/[bold]/iter_3/policy"))
+    shown = console.export_text()
+    assert "of runs/[bold]/iter_3/policy, 4 prompts" in shown
+    assert ("policy" in shown, "iter 1" in shown, "previous" in shown) == (True, False, False)
 
 
 @pytest.mark.parametrize("patience", [60, 0])

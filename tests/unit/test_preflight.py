@@ -59,6 +59,15 @@ def test_the_embedded_run_passes_and_writes_nothing(tmp_path: Path, monkeypatch:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_limit_beyond_the_prompts_is_said(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{n} apples"}}\n' for n in range(64)))
+    prompts = {"data__prompts": str(tmp_path / "p.jsonl"), "run__dir": str(tmp_path / "run")}
+    assert preflight(config_of(**prompts, data__limit=64)).warnings == ()
+    (said,) = preflight(config_of(**prompts, data__limit=65)).warnings
+    assert "data.limit=65" in said
+    assert "gives 64 usable prompts" in said
+
+
 def test_a_pickled_judge_is_taken_where_the_config_allows_it(tmp_path: Path) -> None:
     judge = tmp_path / "judge"
     shutil.copytree(ASSETS / "judge", judge)

@@ -80,7 +80,7 @@ def test_a_damaged_record_is_refused_by_name(tmp_path, name, content):
 def test_a_refusal_says_what_may_change(tmp_path):
     claim(config(tmp_path), {})
     with pytest.raises(
-        ConfigError, match=r"What may change .*rollout\.num_workers.*cluster\.\*.* but weights\.publish_every"
+        ConfigError, match=r"(?s)What may change .*\n  rollout\.num_workers.*cluster\.\*.* but weights\.publish_every"
     ):
         check_run_dir(config(tmp_path, objective__eta=10))
 

@@ -111,6 +111,8 @@ def test_a_run_that_has_ended(run: Path) -> None:
 def test_a_synchronous_run(tmp_path: Path) -> None:
     claim(config(tmp_path), {})
     assert "schedule.mode=sync" in refused(tmp_path, "rollout=2")
+    update_manifest(tmp_path, status="done")
+    assert "is not running" in refused(tmp_path, "rollout=2")  # not: stop it
 
 
 def on_gpus(rollouts: int, judges: int) -> Config:
